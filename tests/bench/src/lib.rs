@@ -1,1 +1,10 @@
-//! Placeholder.
+//! `make bench`: fio's nbd engine against Spline and its peers, in interleaved rounds of one run.
+//!
+//! Knows: fio, /proc, the peers' command lines, medians and ratios. Must never know: how a server works inside.
+//! Modules: [`fio`] runs one workload, [`cpu`] accounts for the servers, [`peers`] starts the others,
+//! [`report`] makes tables. `src/main.rs` puts them together.
+
+pub mod cpu;
+pub mod fio;
+pub mod peers;
+pub mod report;

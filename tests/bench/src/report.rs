@@ -1,0 +1,89 @@
+//! Rounds of figures to a table of medians and ratios. Pure.
+
+use crate::fio::Figures;
+use std::fmt::Write;
+
+/// What one server gave for one workload, over all rounds.
+#[derive(Clone, Debug, Default)]
+pub struct Series {
+    /// Requests per second, one per round.
+    pub iops: Vec<f64>,
+    /// Mean latency, microseconds.
+    pub mean_us: Vec<f64>,
+    /// Median latency, microseconds.
+    pub p50_us: Vec<f64>,
+    /// 99th percentile, microseconds.
+    pub p99_us: Vec<f64>,
+    /// CPU microseconds of all server processes per request.
+    pub cpu_us: Vec<f64>,
+}
+
+impl Series {
+    /// Adds a round.
+    pub fn push(&mut self, figures: Figures, cpu_seconds: f64) {
+        self.iops.push(figures.iops);
+        self.mean_us.push(figures.mean_us);
+        self.p50_us.push(figures.p50_us);
+        self.p99_us.push(figures.p99_us);
+        self.cpu_us.push(cpu_seconds * 1e6 / figures.requests.max(1.0));
+    }
+}
+
+/// The middle value; of an even number, the mean of the two. 0 of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+    }
+}
+
+/// One workload's table: a row a server; ratios are taken round by round against the first server.
+pub fn table(workload: &str, block_bytes: u32, rows: &[(String, Series)]) -> String {
+    let mut text = format!(
+        "\n### {workload}\n\n| server | IOPS | MB/s | mean µs | p50 µs | p99 µs | CPU s per 1000 IO | IOPS ratio | CPU ratio |\n\
+         |---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+    );
+    let Some((_, first)) = rows.first() else { return text };
+    for (name, series) in rows {
+        let ratio = |ours: &[f64], theirs: &[f64]| {
+            median(&ours.iter().zip(theirs).map(|(a, b)| a / b.max(f64::MIN_POSITIVE)).collect::<Vec<_>>())
+        };
+        let iops = median(&series.iops);
+        // Writing to a String can not fail.
+        let _ = writeln!(
+            text,
+            "| {name} | {iops:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.4} | {:.2} | {:.2} |",
+            iops * f64::from(block_bytes) / 1e6,
+            median(&series.mean_us),
+            median(&series.p50_us),
+            median(&series.p99_us),
+            median(&series.cpu_us) / 1000.0,
+            ratio(&series.iops, &first.iops),
+            ratio(&series.cpu_us, &first.cpu_us),
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn ratios_are_taken_round_by_round() {
+        let series = |iops: &[f64]| Series { iops: iops.to_vec(), cpu_us: vec![1.0; iops.len()], ..Series::default() };
+        let rows = [("a".to_owned(), series(&[10.0, 100.0, 10.0])), ("b".to_owned(), series(&[20.0, 50.0, 20.0]))];
+        let text = table("w", 4096, &rows);
+        assert!(text.contains("| b | 20 |") && text.contains("| 2.00 | 1.00 |"), "{text}");
+    }
+}
