@@ -1,1 +1,21 @@
-//! Placeholder.
+//! What every process does at its start and end: read its config, log, offer metrics, say that it is ready, stop.
+//!
+//! Called by the `main.rs` of each process. No async runtime, so that nebd may use it.
+//!
+//! Knows: TOML, clap, tracing, OpenMetrics text, signals, systemd's notify socket.
+//! Must never know: what the process does, the cluster, any wire format.
+//!
+//! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → [`metrics`] → [`ready`] →
+//! [`signals`].
+
+pub mod config;
+pub mod flags;
+pub mod logs;
+pub mod metrics;
+pub mod ready;
+pub mod signals;
+
+pub use flags::CommonFlags;
+
+/// The version that every process reports: the workspace's.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
