@@ -1,0 +1,109 @@
+//! The first message of a link, from nebd: which volume, and whether this is a first meeting.
+//!
+//! Layout (32 bytes, then the name): magic u32 | version_min u16 | version_max u16 | features u64 | mode u8 |
+//! flags u8 | name_len u16 | reserved u32 | instance u64 | name. The layout is the same in every version, because it
+//! is read before a version is agreed.
+
+use crate::error::LinkError;
+use crate::fields::{put, u16_at, u32_at, u64_at, within, zero};
+use crate::version::VersionRange;
+use spline_types::VolumeName;
+use spline_types::limits::VOLUME_NAME_BYTES_MAX;
+
+/// "SPLH" as it lies on the socket.
+pub const HELLO_MAGIC: u32 = u32::from_le_bytes(*b"SPLH");
+/// Bytes before the name.
+pub const HELLO_FIXED_BYTES: usize = 32;
+/// Bytes of the longest hello.
+pub const HELLO_BYTES_MAX: usize = HELLO_FIXED_BYTES + VOLUME_NAME_BYTES_MAX;
+
+const FLAG_READ_ONLY: u8 = 1;
+
+/// Names one nebd process: random, new at every start. A resume is recognised by it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct InstanceId(pub u64);
+
+/// Whether this nebd has had a link for the volume before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// First link of this nebd.
+    Open,
+    /// The link was lost; unanswered requests will be replayed first.
+    Resume,
+}
+
+/// What nebd asks for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hello {
+    /// Versions that nebd speaks.
+    pub versions: VersionRange,
+    /// Optional abilities that nebd offers, one bit each; none exist yet. Unknown bits are ignored by the gateway,
+    /// which answers with the subset to use.
+    pub features: u64,
+    /// First link or resumed.
+    pub mode: Mode,
+    /// nebd will not modify the volume.
+    pub read_only: bool,
+    /// Which nebd this is.
+    pub instance: InstanceId,
+    /// The volume.
+    pub volume: VolumeName,
+}
+
+impl Hello {
+    /// The bytes to send.
+    pub fn encode(&self) -> Vec<u8> {
+        let name = self.volume.as_str().as_bytes();
+        let mut bytes = vec![0; HELLO_FIXED_BYTES];
+        put(&mut bytes, 0, &HELLO_MAGIC.to_le_bytes());
+        put(&mut bytes, 4, &self.versions.min.to_le_bytes());
+        put(&mut bytes, 6, &self.versions.max.to_le_bytes());
+        put(&mut bytes, 8, &self.features.to_le_bytes());
+        bytes[16] = match self.mode {
+            Mode::Open => 1,
+            Mode::Resume => 2,
+        };
+        bytes[17] = if self.read_only { FLAG_READ_ONLY } else { 0 };
+        // A VolumeName is at most 255 bytes long.
+        put(&mut bytes, 18, &(name.len() as u16).to_le_bytes());
+        put(&mut bytes, 24, &self.instance.0.to_le_bytes());
+        bytes.extend_from_slice(name);
+        bytes
+    }
+
+    /// Reads a hello at the start of `bytes`; `None` means that more bytes are needed. The second value is how many
+    /// bytes it took.
+    ///
+    /// # Errors
+    /// Any `LinkError` but `Version`: choosing the version is the caller's next step.
+    pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, LinkError> {
+        if bytes.len() >= 4 && u32_at(bytes, 0) != HELLO_MAGIC {
+            return Err(LinkError::Magic(u32_at(bytes, 0)));
+        }
+        if bytes.len() < HELLO_FIXED_BYTES {
+            return Ok(None);
+        }
+        let mode = match bytes[16] {
+            1 => Mode::Open,
+            2 => Mode::Resume,
+            other => return Err(LinkError::Unknown { field: "mode", value: other.into() }),
+        };
+        zero("flags", u64::from(bytes[17] & !FLAG_READ_ONLY))?;
+        zero("reserved", u32_at(bytes, 20).into())?;
+        let name_len = u16_at(bytes, 18);
+        within("name_len", name_len.into(), VOLUME_NAME_BYTES_MAX as u64)?;
+        let end = HELLO_FIXED_BYTES + usize::from(name_len);
+        let Some(name) = bytes.get(HELLO_FIXED_BYTES..end) else { return Ok(None) };
+        let name =
+            std::str::from_utf8(name).map_err(|_| LinkError::Text("volume name is not UTF-8".to_owned()))?;
+        let hello = Self {
+            versions: VersionRange { min: u16_at(bytes, 4), max: u16_at(bytes, 6) },
+            features: u64_at(bytes, 8),
+            mode,
+            read_only: bytes[17] & FLAG_READ_ONLY != 0,
+            instance: InstanceId(u64_at(bytes, 24)),
+            volume: name.parse().map_err(LinkError::Text)?,
+        };
+        Ok(Some((hello, end)))
+    }
+}

@@ -1,0 +1,74 @@
+//! Versions of the link. nebd is rarely upgraded, the gateway often: a gateway keeps speaking what running nebds speak.
+
+use crate::error::LinkError;
+
+/// Every version, newest first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u16)]
+pub enum LinkVersion {
+    /// Hello and welcome, 48-byte frames with inline payload over the socket, extents of 12 bytes.
+    V1 = 1,
+}
+
+/// What one side speaks, oldest to newest, both included.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VersionRange {
+    /// Oldest.
+    pub min: u16,
+    /// Newest.
+    pub max: u16,
+}
+
+impl VersionRange {
+    /// What this build speaks.
+    pub const OURS: Self = Self { min: LinkVersion::V1 as u16, max: LinkVersion::V1 as u16 };
+}
+
+impl LinkVersion {
+    /// The version with number `raw`.
+    ///
+    /// # Errors
+    /// `Version` if this build does not speak it.
+    pub fn from_raw(raw: u16) -> Result<Self, LinkError> {
+        match raw {
+            1 => Ok(Self::V1),
+            _ => Err(mismatch(VersionRange { min: raw, max: raw })),
+        }
+    }
+
+    /// The newest version that both this build and the other side speak.
+    ///
+    /// # Errors
+    /// `Version` if there is none.
+    pub fn choose(theirs: VersionRange) -> Result<Self, LinkError> {
+        let newest = theirs.max.min(VersionRange::OURS.max);
+        if theirs.min > theirs.max || newest < theirs.min.max(VersionRange::OURS.min) {
+            return Err(mismatch(theirs));
+        }
+        Self::from_raw(newest)
+    }
+}
+
+fn mismatch(theirs: VersionRange) -> LinkError {
+    LinkError::Version {
+        min: theirs.min,
+        max: theirs.max,
+        ours_min: VersionRange::OURS.min,
+        ours_max: VersionRange::OURS.max,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_common_version_is_chosen() {
+        assert_eq!(LinkVersion::choose(VersionRange { min: 1, max: 9 }), Ok(LinkVersion::V1));
+        assert_eq!(LinkVersion::choose(VersionRange { min: 0, max: 1 }), Ok(LinkVersion::V1));
+        for (min, max) in [(2, 9), (0, 0), (9, 1)] {
+            let refused = LinkVersion::choose(VersionRange { min, max }).expect_err("no common version");
+            assert!(refused.to_string().contains(&format!("theirs_min={min}")), "{refused}");
+        }
+    }
+}
