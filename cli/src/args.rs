@@ -1,0 +1,242 @@
+//! The command line's grammar.
+//!
+//! Called by `main`. Must not know what the commands do.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use spline_types::{ByteSize, OnUnavailable, VolumeName};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Where a gateway listens for links unless told otherwise.
+const GATEWAY_SOCKET: &str = "/run/spline/gateway.sock";
+/// Where processes leave their status files unless told otherwise.
+const RUNTIME_DIR: &str = "/run/spline";
+
+/// Replicated volumes as block devices
+#[derive(Parser, Debug)]
+#[command(
+    name = "spline",
+    version,
+    after_help = "Example:\n  spline dev                          a whole cluster in one process, to try\n  spline volume create disk0 10G\n  spline nbd export disk0 --socket /tmp/disk0.sock\n\nExit status: 0 done, 1 failed, 2 wrong usage."
+)]
+pub struct Cli {
+    /// Flags of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Args, Clone, Debug)]
+pub struct Global {
+    /// Addresses of the metadata servers, separated by commas
+    #[arg(
+        long,
+        global = true,
+        env = "SPLINE_MDS",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:6700",
+        value_name = "HOST:PORT"
+    )]
+    pub mds: Vec<String>,
+    /// Print JSON for programs instead of text for people
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Create, list, resize, rename and delete volumes
+    #[command(subcommand, after_help = "Example:\n  spline volume create disk0 10G")]
+    Volume(Volume),
+    /// Serve volumes to NBD clients
+    #[command(subcommand, after_help = "Example:\n  spline nbd export disk0 --socket /tmp/disk0.sock")]
+    Nbd(Nbd),
+    /// Look at the cluster
+    #[command(subcommand, after_help = "Example:\n  spline cluster status")]
+    Cluster(Cluster),
+    /// Run a whole cluster in one process, with one volume exported over NBD, until Ctrl-C
+    #[command(
+        after_help = "Examples:\n  spline dev                 data stays in ./.dev\n  spline dev --check         write, read back, verify through NBD, then stop"
+    )]
+    Dev(Dev),
+    /// Print a shell's completion script
+    #[command(after_help = "Example:\n  spline completions bash > /etc/bash_completion.d/spline")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Commands on volumes.
+#[derive(Subcommand, Debug)]
+pub enum Volume {
+    /// Create a volume; it takes space only as it is written
+    #[command(
+        after_help = "Example:\n  spline volume create disk0 10G --block-size 512 --on-unavailable fail-after:60"
+    )]
+    Create {
+        /// Its name
+        name: VolumeName,
+        /// Its size, such as 10G or 512MiB (powers of two)
+        size: ByteSize,
+        /// Block size that guests are told to align to
+        #[arg(long, value_enum, default_value = "4096")]
+        block_size: BlockSizeArg,
+        /// What requests do while the cluster can not serve them: wait, or fail-after:SECONDS
+        #[arg(long, default_value = "wait", value_name = "POLICY")]
+        on_unavailable: OnUnavailable,
+    },
+    /// List all volumes
+    #[command(after_help = "Example:\n  spline volume ls --json")]
+    Ls,
+    /// Show one volume
+    #[command(after_help = "Example:\n  spline volume info disk0")]
+    Info {
+        /// Its name
+        name: VolumeName,
+    },
+    /// Grow a volume; guests see the new size at once or when they reconnect
+    #[command(after_help = "Example:\n  spline volume resize disk0 20G")]
+    Resize {
+        /// Its name
+        name: VolumeName,
+        /// Its new size; never less than the old one
+        size: ByteSize,
+    },
+    /// Give a volume another name
+    #[command(after_help = "Example:\n  spline volume rename disk0 web-1")]
+    Rename {
+        /// Its name
+        name: VolumeName,
+        /// Its new name
+        new_name: VolumeName,
+    },
+    /// Delete a volume and all its data
+    #[command(after_help = "Example:\n  spline volume rm disk0 --yes")]
+    Rm {
+        /// Its name
+        name: VolumeName,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+/// Block sizes to choose from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum BlockSizeArg {
+    /// 512 bytes
+    #[value(name = "512")]
+    B512,
+    /// 4096 bytes
+    #[value(name = "4096")]
+    B4096,
+}
+
+/// Commands on NBD exports.
+#[derive(Subcommand, Debug)]
+pub enum Nbd {
+    /// Start a nebd process that serves a volume, wait until it does, and print its NBD URI
+    #[command(
+        after_help = "Examples:\n  spline nbd export disk0 --socket /tmp/disk0.sock\n  spline nbd export disk0 --tcp 127.0.0.1:10809 --read-only"
+    )]
+    Export(NbdExport),
+    /// List the exports of this host
+    #[command(after_help = "Example:\n  spline nbd ls")]
+    Ls {
+        /// Directory of the status files
+        #[arg(long, env = "SPLINE_RUNTIME_DIR", default_value = RUNTIME_DIR, value_name = "DIR")]
+        runtime_dir: PathBuf,
+    },
+}
+
+/// What to export, and where.
+#[derive(Args, Debug)]
+pub struct NbdExport {
+    /// The volume, or file:/abs/path for a file that the gateway may serve
+    pub volume: String,
+    /// Listen on this unix socket (default: one in the runtime directory)
+    #[arg(long, value_name = "PATH", conflicts_with = "tcp")]
+    pub socket: Option<PathBuf>,
+    /// Listen on this TCP address; loopback only, NBD has no passwords
+    #[arg(long, value_name = "ADDR")]
+    pub tcp: Option<SocketAddr>,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Link socket of this host's gateway
+    #[arg(long, env = "SPLINE_GATEWAY", default_value = GATEWAY_SOCKET, value_name = "PATH")]
+    pub gateway: PathBuf,
+    /// Directory of the status files
+    #[arg(long, env = "SPLINE_RUNTIME_DIR", default_value = RUNTIME_DIR, value_name = "DIR")]
+    pub runtime_dir: PathBuf,
+}
+
+/// Commands on the cluster.
+#[derive(Subcommand, Debug)]
+pub enum Cluster {
+    /// Show chunkservers and copysets
+    #[command(after_help = "Example:\n  spline cluster status --copysets")]
+    Status {
+        /// List every copyset, not only those that are not healthy
+        #[arg(long)]
+        copysets: bool,
+    },
+}
+
+/// How to run the cluster to try.
+#[derive(Args, Debug)]
+pub struct Dev {
+    /// Directory of all data, sockets and logs
+    #[arg(long, default_value = ".dev", value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Write, read back and verify through NBD, say what was done, and stop
+    #[arg(long)]
+    pub check: bool,
+    /// Delete the data of earlier runs first
+    #[arg(long)]
+    pub fresh: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    fn has_example(command: &clap::Command) {
+        for sub in command.get_subcommands() {
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "no example: command={}", sub.get_name());
+            has_example(sub);
+        }
+    }
+
+    #[test]
+    fn every_help_ends_with_an_example() {
+        has_example(&Cli::command());
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        for line in [
+            "spline",
+            "spline volume create disk0",
+            "spline volume create ../etc 1G",
+            "spline volume create disk0 1X",
+            "spline volume create disk0 1G --block-size 1024",
+            "spline nbd export disk0 --socket /a --tcp 127.0.0.1:1",
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What `spline dev` runs in its own process: metadata server, chunkservers, gateway.
+//!
+//! Called by `dev`. Knows the parts' configs. Must not know what the parts do.
+
+use super::state::{CHUNKSERVERS, DevDir};
+use crate::mds::MdsClient;
+use anyhow::{Context, bail};
+use prometheus_client::registry::Registry;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use spline_chunkserver::Chunkserver;
+use spline_gateway::Gateway;
+use spline_mds::Mds;
+use spline_process::metrics::{self, Endpoint};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// Copysets of the cluster to try. Fewer than a real one's hundred: three disks in one process elect their leaders
+/// at once, and two cores are to do it within a second.
+const COPYSETS: u32 = 12;
+/// How often the cluster is asked whether it is ready.
+const ASK_EVERY: Duration = Duration::from_millis(25);
+
+/// The running parts.
+pub struct Parts {
+    mds: Mds,
+    chunkservers: Vec<Chunkserver>,
+    gateway: Gateway,
+    _metrics: Vec<Endpoint>,
+}
+
+impl Parts {
+    /// Starts all parts; answers when each listens.
+    ///
+    /// # Errors
+    /// Which part could not be started, and why.
+    pub async fn start(dir: &DevDir) -> anyhow::Result<Self> {
+        let state = dir.state();
+        let mut pages = Pages { addresses: state.metrics.iter().copied(), endpoints: Vec::new() };
+
+        let mut registry = Registry::default();
+        let settings = json!({
+            "data_dir": dir.data("mds")?, "listen": state.mds, "copysets": COPYSETS, "heartbeat": "200ms",
+        });
+        let mds = Mds::start(config(settings)?, &mut registry)
+            .await
+            .context("can not start the metadata server")?;
+        pages.serve(registry)?;
+
+        let mut registries: [Registry; CHUNKSERVERS] = Default::default();
+        let mut chunkservers = Vec::new();
+        for (at, registry) in registries.iter_mut().enumerate() {
+            let number = at + 1;
+            let settings = json!({
+                "data_dir": dir.data(&format!("chunkserver{number}"))?, "listen": state.chunkservers[at],
+                "zone": format!("z{number}"), "mds": [state.mds], "spare_chunks": 2,
+            });
+            let started = Chunkserver::start(config(settings)?, registry).await;
+            chunkservers
+                .push(started.with_context(|| format!("can not start a chunkserver: number={number}"))?);
+        }
+        for registry in registries {
+            pages.serve(registry)?;
+        }
+
+        let mut registry = Registry::default();
+        let settings = json!({
+            "id": "dev", "link_socket": dir.gateway_socket(), "admin_listen": state.gateway, "mds": [state.mds],
+        });
+        let gateway =
+            Gateway::start(config(settings)?, &mut registry).await.context("can not start the gateway")?;
+        pages.serve(registry)?;
+        Ok(Self { mds, chunkservers, gateway, _metrics: pages.endpoints })
+    }
+
+    /// Stops all parts, from the guest's side down.
+    pub async fn shutdown(self) {
+        self.gateway.shutdown().await;
+        for chunkserver in self.chunkservers {
+            chunkserver.shutdown().await;
+        }
+        self.mds.shutdown().await;
+    }
+}
+
+/// Metrics pages, one address after the other.
+struct Pages<I> {
+    addresses: I,
+    endpoints: Vec<Endpoint>,
+}
+
+impl<I: Iterator<Item = SocketAddr>> Pages<I> {
+    fn serve(&mut self, registry: Registry) -> anyhow::Result<()> {
+        let address = self.addresses.next().context("no address left for metrics")?;
+        self.endpoints
+            .push(metrics::serve(address, registry).with_context(|| format!("metrics: address={address}"))?);
+        Ok(())
+    }
+}
+
+/// A part's config: its defaults, with `settings` on top.
+fn config<T: DeserializeOwned>(settings: serde_json::Value) -> anyhow::Result<T> {
+    serde_json::from_value(settings).context("a part refuses its settings")
+}
+
+/// Waits until every copyset has a leader.
+///
+/// # Errors
+/// What is missing once `limit` has passed.
+pub async fn wait_until_led(mds: &MdsClient, limit: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let status = mds.status().await?;
+        let up = status.chunkservers.iter().filter(|server| server.state == "up").count();
+        let led = status.copysets.iter().filter(|copyset| copyset.leader.is_some()).count();
+        if up >= CHUNKSERVERS && !status.copysets.is_empty() && led == status.copysets.len() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("cluster is not ready: chunkservers={up} copysets={} led={led}", status.copysets.len());
+        }
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+}
