@@ -1,0 +1,142 @@
+//! The client of one cluster: what all sessions of a process share. Called by the gateway's session. Must never know
+//! requests of guests.
+
+use crate::meta::{MetaError, OpenedSession, Renewal};
+use crate::metrics::Metrics;
+use crate::route::Routes;
+use crate::transport::Transport;
+use crate::volume::VolumeClient;
+use prometheus_client::registry::Registry;
+use spline_types::{CopysetId, Epoch, SegmentIndex, VolumeId, VolumeName};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Settings of a client.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ClientConfig {
+    /// Addresses of the metadata servers, `host:port`; asked in turn until one answers.
+    pub mds: Vec<String>,
+    /// How long one attempt of a span may take before another replica is tried: twice an election.
+    pub attempt_timeout: Duration,
+    /// Shortest pause after all replicas were tried; doubles each time, with jitter.
+    pub backoff_min: Duration,
+    /// Longest pause: a cluster that is back is noticed within it.
+    pub backoff_max: Duration,
+    /// How long one metadata server may take to answer before the next is asked.
+    pub mds_timeout: Duration,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        Self {
+            mds: vec!["127.0.0.1:6700".into()],
+            attempt_timeout: Duration::from_secs(2),
+            backoff_min: Duration::from_millis(10),
+            backoff_max: Duration::from_secs(1),
+            mds_timeout: Duration::from_secs(3),
+        }
+    }
+}
+
+/// Client of one cluster; clones share connections and routes.
+#[derive(Clone)]
+pub struct ClusterClient {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for ClusterClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClusterClient").field("config", &self.shared.config).finish_non_exhaustive()
+    }
+}
+
+struct Shared {
+    config: Arc<ClientConfig>,
+    network: Arc<Transport>,
+    routes: Arc<Routes>,
+    metrics: Arc<Metrics>,
+}
+
+impl ClusterClient {
+    /// A client; connects when first used.
+    pub fn new(config: ClientConfig, metrics: &mut Registry) -> Self {
+        let config = Arc::new(config);
+        let metrics = Arc::new(Metrics::register(metrics));
+        let network = Arc::new(Transport::new(&config, metrics.clone()));
+        let routes = Arc::new(Routes::default());
+        Self { shared: Arc::new(Shared { config, network, routes, metrics }) }
+    }
+
+    /// Takes the session of a volume for the gateway of that id, and learns the routes of all its copysets, so that
+    /// IO goes on without the metadata server. With `force` it is taken from another gateway whose lease is alive.
+    ///
+    /// # Errors
+    /// `NotFound`, `Refused` (another gateway holds it: `Fault::Fenced`), `Unreachable`, `BadReply`.
+    pub async fn open_session(
+        &self,
+        volume: &VolumeName,
+        gateway: &str,
+        force: bool,
+    ) -> Result<OpenedSession, MetaError> {
+        let opened = self.shared.network.mds.open(volume, gateway, force).await?;
+        let copysets: HashSet<CopysetId> = opened.segments.values().flat_map(|s| s.iter().copied()).collect();
+        self.learn_routes(copysets).await;
+        Ok(opened)
+    }
+
+    /// Renews the leases of a gateway's sessions; those that are lost are named in the answer.
+    ///
+    /// # Errors
+    /// `Refused`, `Unreachable`, `BadReply`.
+    pub async fn renew(&self, gateway: &str, sessions: &[(VolumeId, Epoch)]) -> Result<Renewal, MetaError> {
+        self.shared.network.mds.renew(gateway, sessions).await
+    }
+
+    /// Gives a session back.
+    ///
+    /// # Errors
+    /// `Refused`, `Unreachable`.
+    pub async fn close_session(&self, volume: VolumeId, epoch: Epoch) -> Result<(), MetaError> {
+        self.shared.network.mds.close(volume, epoch).await
+    }
+
+    /// Allocates a segment, or finds it allocated; answers the copysets of its chunks, in order. Asks each metadata
+    /// server once; [`VolumeClient::allocate_segment`] waits by the volume's policy.
+    ///
+    /// # Errors
+    /// `Refused` (`Fault::Fenced`: the epoch is old; `Fault::NoSpace`), `Unreachable`, `BadReply`.
+    pub async fn allocate_segment(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        index: SegmentIndex,
+    ) -> Result<Arc<[CopysetId]>, MetaError> {
+        let copysets = self.shared.network.mds.allocate(volume, epoch, index).await?;
+        self.learn_routes(copysets.iter().copied().collect()).await;
+        Ok(copysets)
+    }
+
+    /// The data path of an opened session.
+    pub fn session(&self, opened: &OpenedSession) -> VolumeClient {
+        let Shared { config, network, routes, metrics } = &*self.shared;
+        VolumeClient::new(
+            opened,
+            self.clone(),
+            config.clone(),
+            network.clone(),
+            routes.clone(),
+            metrics.clone(),
+        )
+    }
+
+    /// Asks for those routes that are not known. A failure is not one of the caller's: spans ask again.
+    async fn learn_routes(&self, copysets: HashSet<CopysetId>) {
+        let unknown = self.shared.routes.unknown(copysets);
+        if !unknown.is_empty()
+            && let Err(error) = self.shared.routes.learn(&*self.shared.network, &unknown).await
+        {
+            tracing::warn!(%error, copysets = unknown.len(), "can not ask for routes, will ask again");
+        }
+    }
+}
