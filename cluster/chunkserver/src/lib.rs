@@ -3,7 +3,12 @@
 //! Knows: chunk files, copysets, the fence, the wire protocol, the raft adapter's traits, the metadata server's
 //! heartbeat. Must never know: guests, exports, volumes' names, openraft, how the metadata server decides.
 
+pub mod command;
 pub mod config;
+pub mod fence;
+pub mod metrics;
+pub mod state_machine;
+pub mod store;
 
 pub use config::Config;
 
