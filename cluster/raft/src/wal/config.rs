@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
+use super::format::{BATCH_HEADER, Record, SECTOR, SEGMENT_HEADER};
 use crate::command::LogCommand;
 
 /// Limits of one write-ahead log. Every field is a bound (`bounded`); the defaults suit one SSD with 100 copysets.
@@ -46,6 +47,49 @@ impl Default for WalConfig {
             retry: Duration::from_secs(1),
         }
     }
+}
+
+impl WalConfig {
+    /// Bytes at the end of each segment that entries leave to purges, votes and removals: what makes room needs room.
+    pub(super) fn reserve_bytes(&self) -> u64 {
+        (self.segment_bytes / 8).min(256 << 10)
+    }
+
+    /// Most bytes an encoded entry may have.
+    pub(super) fn max_entry_bytes(&self) -> u64 {
+        let used = (SEGMENT_HEADER + BATCH_HEADER + SECTOR) as u64 + self.reserve_bytes();
+        self.segment_bytes.saturating_sub(used)
+    }
+
+    /// Refuses what cannot work.
+    pub(super) fn check(&self) -> Result<(), WalError> {
+        let rules = [
+            (self.segment_bytes % 4096 == 0, "segment_bytes must be a multiple of 4096"),
+            (self.segment_bytes >= 16 << 10, "segment_bytes must be at least 16384"),
+            (self.segment_bytes <= 1 << 30, "segment_bytes must be at most 1 GiB"),
+            (self.spare_segments >= 1, "spare_segments must be at least 1"),
+            (self.limit_bytes >= 2 * self.segment_bytes, "limit_bytes must hold 2 segments"),
+            (self.max_bytes >= self.limit_bytes, "max_bytes must not be below limit_bytes"),
+            (!self.retry.is_zero(), "retry must not be zero"),
+        ];
+        match rules.iter().find(|(holds, _)| !holds) {
+            Some((_, rule)) => Err(WalError::Config((*rule).to_owned())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Most bytes of a vote or purge state: they are written again whenever their segment is recycled.
+const MAX_STATE: usize = 64 << 10;
+
+/// The refusal of a vote or purge state over its limit.
+pub(super) fn too_large(record: &Record) -> Option<io::Error> {
+    let (Record::Vote(state) | Record::Purge(_, state)) = record else { return None };
+    (state.len() > MAX_STATE).then(|| {
+        let length = state.len();
+        let message = format!("vote or purge state is too large, bytes={length} limit={MAX_STATE}");
+        io::Error::new(io::ErrorKind::InvalidInput, message)
+    })
 }
 
 /// Why a log could not be opened.

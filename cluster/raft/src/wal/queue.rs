@@ -1,0 +1,217 @@
+//! What waits to be written, in order, and the choice of what the next batch takes.
+//!
+//! Called by the log's state and the committer. Pure: knows no file and no lock.
+//!
+//! `log_before_chunk`, order: records of one group are never reordered, with one exception while no room is left: a purge
+//! may pass entries behind it that it does not concern, because purges are what makes room.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::config::WalDone;
+use super::format::{BATCH_HEADER, Record, SECTOR};
+use crate::command::GroupId;
+
+/// A queued record.
+pub(super) struct Op {
+    pub(super) group: GroupId,
+    pub(super) record: Record,
+    /// The stamp of the entry's slot; 0 for other records.
+    pub(super) stamp: u64,
+    pub(super) done: WalDone,
+    /// Bytes of the encoded record.
+    pub(super) length: u64,
+}
+
+impl Op {
+    pub(super) fn new(group: GroupId, record: Record, stamp: u64, done: WalDone) -> Op {
+        let length = record.encoded_length() as u64;
+        Op { group, record, stamp, done, length }
+    }
+
+    fn is_entry(&self) -> bool {
+        matches!(self.record, Record::Entry(_))
+    }
+}
+
+/// What the current segment can take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    /// Bytes to the end of the segment.
+    pub(super) bytes: u64,
+    /// Of these, bytes kept for records other than entries: the purges that make room must always find some.
+    pub(super) reserve: u64,
+    /// Bytes after which a batch is closed.
+    pub(super) batch: u64,
+    /// Whether a next segment is ready.
+    pub(super) can_roll: bool,
+}
+
+impl Room {
+    fn fits(&self, op: &Op, used: u64) -> bool {
+        let limit = if op.is_entry() { self.bytes.saturating_sub(self.reserve) } else { self.bytes };
+        (used + op.length).next_multiple_of(SECTOR as u64) <= limit
+    }
+}
+
+/// What to do next.
+pub(super) enum Pick {
+    /// Write these.
+    Batch(Vec<Op>),
+    /// Go to the next segment, then ask again.
+    Roll,
+    /// Wait: the queue is empty, or nothing in it fits.
+    Nothing,
+}
+
+/// The queue.
+#[derive(Default)]
+pub(super) struct Queue {
+    ops: VecDeque<Op>,
+    bytes: u64,
+}
+
+impl Queue {
+    pub(super) fn push(&mut self, op: Op) {
+        self.bytes += op.length;
+        self.ops.push_back(op);
+    }
+
+    /// Bytes waiting.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Empties the queue (the log failed or closes).
+    pub(super) fn drain(&mut self) -> Vec<Op> {
+        self.bytes = 0;
+        self.ops.drain(..).collect()
+    }
+
+    /// Takes the next batch.
+    pub(super) fn pick(&mut self, room: Room) -> Pick {
+        let mut used = BATCH_HEADER as u64;
+        let mut taken = Vec::new();
+        while let Some(op) = self.ops.front() {
+            if !taken.is_empty() && used + op.length > room.batch {
+                break;
+            }
+            if !room.fits(op, used) {
+                match (taken.is_empty(), room.can_roll) {
+                    (true, true) => return Pick::Roll,
+                    (true, false) => return self.pick_what_fits(room),
+                    (false, _) => break,
+                }
+            }
+            used += op.length;
+            taken.extend(self.ops.pop_front());
+        }
+        self.finish(taken, used)
+    }
+
+    fn finish(&mut self, taken: Vec<Op>, used: u64) -> Pick {
+        self.bytes -= used - BATCH_HEADER as u64;
+        if taken.is_empty() { Pick::Nothing } else { Pick::Batch(taken) }
+    }
+
+    /// No room and no next segment: takes whatever fits without reordering a group.
+    fn pick_what_fits(&mut self, room: Room) -> Pick {
+        let mut used = BATCH_HEADER as u64;
+        let mut taken = Vec::new();
+        let mut held_back: HashMap<GroupId, HeldBack> = HashMap::new();
+        for op in std::mem::take(&mut self.ops) {
+            let may_pass = held_back.get(&op.group).is_none_or(|held| held.lets_pass(&op.record));
+            if may_pass && room.fits(&op, used) && (taken.is_empty() || used + op.length <= room.batch) {
+                used += op.length;
+                taken.push(op);
+            } else {
+                held_back.entry(op.group).or_default().add(&op.record);
+                self.ops.push_back(op);
+            }
+        }
+        self.finish(taken, used)
+    }
+}
+
+/// Records of one group that stay in the queue while later ones are considered.
+struct HeldBack {
+    lowest_entry: u64,
+    only_entries_and_votes: bool,
+}
+
+impl Default for HeldBack {
+    fn default() -> Self {
+        HeldBack { lowest_entry: u64::MAX, only_entries_and_votes: true }
+    }
+}
+
+impl HeldBack {
+    fn add(&mut self, record: &Record) {
+        match record {
+            Record::Entry(entry) => self.lowest_entry = self.lowest_entry.min(entry.index),
+            Record::Vote(_) => {}
+            Record::Truncate(_) | Record::Purge(..) | Record::Remove => self.only_entries_and_votes = false,
+        }
+    }
+
+    fn lets_pass(&self, record: &Record) -> bool {
+        matches!(record, Record::Purge(upto, _) if self.only_entries_and_votes && *upto < self.lowest_entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::wal::config::WalEntry;
+
+    fn op(group: u32, record: Record) -> Op {
+        Op::new(GroupId(group), record, 0, WalDone::Nobody)
+    }
+
+    fn entry(group: u32, index: u64, bytes: usize) -> Op {
+        let header = Bytes::from(vec![0; bytes]);
+        op(group, Record::Entry(WalEntry { index, header, ..WalEntry::default() }))
+    }
+
+    fn taken(pick: Pick) -> Vec<(u32, Record)> {
+        match pick {
+            Pick::Batch(ops) => ops.into_iter().map(|op| (op.group.0, op.record)).collect(),
+            Pick::Roll | Pick::Nothing => Vec::new(),
+        }
+    }
+
+    #[test]
+    fn rolls_when_the_next_record_does_not_fit_and_closes_batches_by_bytes() {
+        let mut queue = Queue::default();
+        (0..4).for_each(|index| queue.push(entry(1, index, 968)));
+        let room = Room { bytes: 1 << 20, reserve: 0, batch: 2500, can_roll: true };
+        assert_eq!(taken(queue.pick(room)).len(), 2);
+        assert!(matches!(queue.pick(Room { bytes: 512, ..room }), Pick::Roll));
+        assert_eq!(taken(queue.pick(room)).len(), 2);
+        assert_eq!(queue.bytes(), 0);
+        assert!(matches!(queue.pick(room), Pick::Nothing));
+    }
+
+    #[test]
+    fn without_room_purges_pass_entries_they_do_not_concern_and_nothing_else_does() {
+        let mut queue = Queue::default();
+        let state = Bytes::from_static(b"s");
+        queue.push(entry(1, 10, 4000));
+        queue.push(op(1, Record::Vote(state.clone())));
+        queue.push(op(1, Record::Purge(10, state.clone())));
+        queue.push(op(2, Record::Vote(state.clone())));
+        queue.push(entry(3, 7, 4000));
+        queue.push(op(3, Record::Purge(6, state.clone())));
+        queue.push(entry(4, 7, 4000));
+        queue.push(op(4, Record::Truncate(7)));
+        queue.push(op(4, Record::Purge(6, state.clone())));
+        let room = Room { bytes: 4096, reserve: 2048, batch: 1 << 20, can_roll: false };
+        let expected = vec![(2, Record::Vote(state.clone())), (3, Record::Purge(6, state))];
+        assert_eq!(taken(queue.pick(room)), expected);
+        assert!(matches!(queue.pick(room), Pick::Nothing));
+        let kept = taken(queue.pick(Room { bytes: 1 << 20, reserve: 0, batch: 1 << 20, can_roll: false }));
+        assert_eq!(kept.iter().map(|(group, _)| *group).collect::<Vec<_>>(), [1, 1, 1, 3, 4, 4, 4]);
+        assert_eq!(queue.bytes(), 0);
+    }
+}
