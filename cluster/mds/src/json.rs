@@ -148,3 +148,30 @@ pub(crate) mod duration {
         }
     }
 }
+
+/// Opaque bytes, as hexadecimal text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hex(pub(crate) Vec<u8>);
+
+impl Serialize for Hex {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&self.0.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    }
+}
+
+impl<'a> Deserialize<'a> for Hex {
+    fn deserialize<D: Deserializer<'a>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let refuse = || D::Error::custom("not hexadecimal text");
+        if !text.len().is_multiple_of(2) {
+            return Err(refuse());
+        }
+        let digit = |d: u8| (d as char).to_digit(16).map(|d| d as u8);
+        text.as_bytes()
+            .chunks_exact(2)
+            .map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?))
+            .collect::<Option<Vec<u8>>>()
+            .map(Hex)
+            .ok_or_else(refuse)
+    }
+}

@@ -1,0 +1,105 @@
+//! Properties of placement: distinct zones, balance, bounded scatter width.
+
+use super::*;
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+fn sites(per_zone: &[usize]) -> Vec<Site> {
+    let zones = per_zone.iter().enumerate().flat_map(|(zone, count)| vec![format!("z{zone}"); *count]);
+    (1..).zip(zones).map(|(id, zone)| Site { id: ChunkserverId::new(id), zone }).collect()
+}
+
+fn plan(sites: &[Site], copysets: usize, replicas: usize, scatter_width: usize, seed: u64) -> Vec<Vec<ChunkserverId>> {
+    let shape = Shape { copysets, replicas, scatter_width };
+    plan_copysets(sites, shape, &mut StdRng::seed_from_u64(seed)).expect("enough zones")
+}
+
+fn widths(copysets: &[Vec<ChunkserverId>]) -> BTreeMap<ChunkserverId, usize> {
+    let mut partners: BTreeMap<ChunkserverId, BTreeSet<ChunkserverId>> = BTreeMap::new();
+    for members in copysets {
+        for member in members {
+            partners.entry(*member).or_default().extend(members.iter().filter(|other| *other != member));
+        }
+    }
+    partners.into_iter().map(|(id, partners)| (id, partners.len())).collect()
+}
+
+fn spread(counts: impl IntoIterator<Item = usize> + Clone) -> usize {
+    let low = counts.clone().into_iter().min().unwrap_or(0);
+    counts.into_iter().max().unwrap_or(0) - low
+}
+
+#[test]
+fn three_chunkservers_share_everything_and_lead_evenly() {
+    let sites = sites(&[1, 1, 1]);
+    let copysets = plan(&sites, 100, 3, 12, 1);
+    assert_eq!(copysets.len(), 100);
+    assert!(count_replicas(copysets.iter().map(Vec::as_slice)).values().all(|count| *count == 100));
+    let firsts = count_replicas(copysets.iter().map(|members| &members[..1]));
+    assert_eq!(firsts.values().copied().collect::<Vec<_>>(), [34, 33, 33]);
+}
+
+#[test]
+fn fewer_zones_than_replicas_is_refused() {
+    let shape = Shape { copysets: 1, replicas: 3, scatter_width: 12 };
+    assert_eq!(plan_copysets(&sites(&[4, 4]), shape, &mut StdRng::seed_from_u64(1)), None);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn members_lie_in_distinct_zones(
+        per_zone in proptest::collection::vec(1usize..5, 3..6), width in 2usize..20, seed: u64,
+    ) {
+        let sites = sites(&per_zone);
+        let zone_of: BTreeMap<_, _> = sites.iter().map(|site| (site.id, site.zone.as_str())).collect();
+        for members in plan(&sites, 60, 3, width, seed) {
+            let zones: BTreeSet<_> = members.iter().map(|member| zone_of[member]).collect();
+            prop_assert_eq!(zones.len(), 3);
+        }
+    }
+
+    #[test]
+    fn load_is_even_and_scatter_width_bounded(zones in 3usize..6, each in 1usize..5, width in 6usize..14, seed: u64) {
+        let sites = sites(&vec![each; zones]);
+        let copysets = plan(&sites, 40 * sites.len(), 3, width, seed);
+        let counts = count_replicas(copysets.iter().map(Vec::as_slice));
+        prop_assert_eq!(counts.len(), sites.len());
+        // 120 replicas on each, were it perfect.
+        prop_assert!(counts.values().all(|count| (90..=150).contains(count)), "{:?}", counts);
+        let firsts = count_replicas(copysets.iter().map(|members| &members[..1]));
+        prop_assert!(spread(firsts.values().copied()) <= 4, "{:?}", firsts);
+        let widest = widths(&copysets).into_values().max().unwrap_or(0);
+        // A chunkserver that would otherwise hold nothing may bring two partners past the bound.
+        prop_assert!(widest <= width + 2, "widest={} width={}", widest, width);
+    }
+
+    #[test]
+    fn chunks_fill_copysets_in_proportion_to_weight(weights in proptest::collection::vec(1u64..20, 1..40), seed: u64) {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut slots: Vec<Slot> = (1..).zip(&weights)
+            .map(|(id, weight)| Slot { copyset: CopysetId::new(id), weight: *weight, chunks: 0 })
+            .collect();
+        for _ in 0..20 {
+            for copyset in place_chunks(&slots, 64, &mut random).expect("there are slots") {
+                slots[copyset.get() as usize - 1].chunks += 1;
+            }
+        }
+        let total: u64 = weights.iter().sum();
+        for slot in &slots {
+            let fair = 20.0 * 64.0 * slot.weight as f64 / total as f64;
+            prop_assert!((slot.chunks as f64 - fair).abs() <= fair * 0.1 + 2.0, "{:?} fair={}", slot, fair);
+        }
+    }
+}
+
+#[test]
+fn chunks_of_a_segment_lie_in_different_copysets_when_there_are_enough() {
+    let slots: Vec<Slot> =
+        (1..=100).map(|id| Slot { copyset: CopysetId::new(id), weight: 5, chunks: 7 }).collect();
+    let placed = place_chunks(&slots, 64, &mut StdRng::seed_from_u64(3)).expect("there are slots");
+    assert_eq!(placed.iter().collect::<BTreeSet<_>>().len(), 64);
+    assert_eq!(place_chunks(&[], 64, &mut StdRng::seed_from_u64(3)), None);
+}
