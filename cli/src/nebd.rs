@@ -47,8 +47,8 @@ impl NebdSpec {
         command.arg("--volume").arg(&self.volume);
         command.arg("--gateway-socket").arg(&self.gateway);
         match &self.listen {
-            NbdAddress::Unix(path) => command.arg("--socket").arg(path),
-            NbdAddress::Tcp(address) => command.arg("--tcp").arg(address.to_string()),
+            NbdAddress::Unix(path) => command.arg("--listen-unix").arg(path),
+            NbdAddress::Tcp(address) => command.arg("--listen-tcp").arg(address.to_string()),
         };
         if self.read_only {
             command.arg("--read-only");
@@ -116,7 +116,7 @@ fn binary() -> anyhow::Result<PathBuf> {
 
 /// The name of a volume as a file name: no slashes.
 pub fn file_name(volume: &str) -> String {
-    volume.trim_start_matches("file:").trim_matches('/').replace('/', "_")
+    volume.trim_start_matches("file:").trim_matches('/').replace('/', "+")
 }
 
 fn tail(path: &Path) -> String {
@@ -157,8 +157,8 @@ mod tests {
 
     #[test]
     fn volumes_become_file_names() {
-        assert_eq!(file_name("vm/web-1/root"), "vm_web-1_root");
-        assert_eq!(file_name("file:/srv/a.img"), "srv_a.img");
+        assert_eq!(file_name("vm/web-1/root"), "vm+web-1+root");
+        assert_eq!(file_name("file:/srv/a.img"), "srv+a.img");
     }
 
     #[test]

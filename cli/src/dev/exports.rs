@@ -92,7 +92,7 @@ impl Export {
         let found = status::read_all(&spec.runtime_dir)?;
         let kept = found
             .iter()
-            .find(|e| e.alive && e.volume == spec.volume && e.sockets.iter().any(|s| s.ends_with(&socket)));
+            .find(|e| e.alive && e.volume == spec.volume && e.sockets.iter().any(|s| s.contains(&socket)));
         if let Some(kept) = kept
             && spec.probe(limit).is_ok()
         {

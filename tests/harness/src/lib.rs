@@ -1,1 +1,23 @@
-//! Placeholder.
+//! Real processes for tests: finds the binaries, starts a cluster on loopback in a temporary directory, kills, stops
+//! and restarts its parts, waits on conditions, shows logs when a test fails.
+//!
+//! Called by tests/{conformance,fault,e2e,bench}. Knows: flags and config files of the processes, `spline --json`,
+//! the NBD protocol of a small client of its own. Must never know: the libraries of the processes.
+//!
+//! Modules in the order in which a test meets them: [`rig`] → [`cluster`] → [`process`] → [`binaries`], [`ports`];
+//! [`nbd`] speaks to exports, [`tool`] runs foreign clients, [`wait`] waits.
+
+pub mod binaries;
+pub mod cluster;
+pub mod nbd;
+pub mod ports;
+pub mod process;
+pub mod rig;
+pub mod tool;
+pub mod wait;
+
+pub use cluster::{Cluster, Export};
+pub use process::Process;
+pub use rig::Rig;
+pub use tool::Tool;
+pub use wait::wait_until;

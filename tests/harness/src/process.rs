@@ -1,0 +1,158 @@
+//! One process under test: started, killed, stopped, continued, restarted; its log kept.
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+/// Lines of a log that are shown when a test fails.
+const LOG_TAIL_LINES: usize = 40;
+
+/// A process that can be started again and again with the same arguments. Dropping it kills it.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    binary: PathBuf,
+    arguments: Vec<OsString>,
+    log: PathBuf,
+    child: Option<Child>,
+}
+
+impl Process {
+    /// A process that is not started yet; its output is appended to `<dir>/<name>.log`.
+    pub fn new(name: &str, binary: PathBuf, arguments: Vec<OsString>, dir: &Path) -> Self {
+        Self { name: name.to_owned(), binary, arguments, log: dir.join(format!("{name}.log")), child: None }
+    }
+
+    /// Its name in logs and messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its process id, while it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Starts it.
+    ///
+    /// # Errors
+    /// If it runs already or can not be started.
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        if self.is_running()? {
+            bail!("runs already: process={}", self.name);
+        }
+        let log = File::options().create(true).append(true).open(&self.log)?;
+        let mut command = Command::new(&self.binary);
+        command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child =
+            command.spawn().with_context(|| format!("can not start: binary={}", self.binary.display()))?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// Whether it runs.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn is_running(&mut self) -> anyhow::Result<bool> {
+        match &mut self.child {
+            Some(child) => Ok(child.try_wait()?.is_none()),
+            None => Ok(false),
+        }
+    }
+
+    /// Fails if it does not run; shows the end of its log.
+    ///
+    /// # Errors
+    /// That it has ended.
+    pub fn assert_running(&mut self) -> anyhow::Result<()> {
+        if !self.is_running()? {
+            bail!("has ended: process={}\n{}", self.name, self.log_tail());
+        }
+        Ok(())
+    }
+
+    /// Kills it with SIGKILL and waits until it is gone.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn kill9(&mut self) -> anyhow::Result<()> {
+        if let Some(mut child) = self.child.take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Kills and starts it.
+    ///
+    /// # Errors
+    /// See [`Process::kill9`] and [`Process::start`].
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.kill9()?;
+        self.start()
+    }
+
+    /// Stops it in its tracks (SIGSTOP).
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// Lets it go on (SIGCONT).
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn cont(&self) -> anyhow::Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    /// Asks it to end (SIGTERM) and waits until it has.
+    ///
+    /// # Errors
+    /// If it has not ended within `limit`.
+    pub fn terminate(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        self.signal(Signal::TERM)?;
+        let child = self.child.as_mut().context("does not run")?;
+        let status = crate::wait_until("a process to end", limit, || Ok(child.try_wait()?))?;
+        self.child = None;
+        Ok(status)
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = self.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        let pid = pid.with_context(|| format!("does not run: process={}", self.name))?;
+        Ok(kill_process(pid, signal)?)
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
+    }
+
+    /// Everything it has said.
+    ///
+    /// # Errors
+    /// If the log can not be read.
+    pub fn log(&self) -> anyhow::Result<String> {
+        Ok(String::from_utf8_lossy(&std::fs::read(&self.log)?).into_owned())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("---- log of {} ----\n{}\n", self.name, self.log_tail());
+        }
+        let _ = self.kill9();
+    }
+}

@@ -1,0 +1,107 @@
+//! What a behaviour is tested against: a gateway on local files, or a whole cluster.
+
+use crate::cluster::{Cluster, Export, START_LIMIT, configured};
+use crate::process::Process;
+use crate::wait_until;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// Something that serves volumes.
+#[derive(Debug)]
+pub enum Rig {
+    /// A gateway with the file engine, and its directory.
+    File {
+        /// The gateway.
+        gateway: Process,
+        /// Files, sockets, logs.
+        dir: TempDir,
+    },
+    /// A cluster.
+    Cluster(Box<Cluster>),
+}
+
+impl Rig {
+    /// Starts a gateway that serves files.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn file() -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("spline-").tempdir()?;
+        let socket = dir.path().join("gateway.sock");
+        let text = format!(
+            "link_socket = {socket:?}\nadmin_listen = \"\"\nmds = []\nfile_roots = [{:?}]\n",
+            dir.path().canonicalize()?
+        );
+        let mut gateway = configured(dir.path(), "gateway", "spline-gateway", &text)?;
+        gateway.start()?;
+        wait_until("the gateway to listen", START_LIMIT, || {
+            gateway.assert_running()?;
+            Ok(Some(UnixStream::connect(&socket).map(drop)?))
+        })?;
+        Ok(Self::File { gateway, dir })
+    }
+
+    /// Starts a cluster.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn cluster() -> anyhow::Result<Self> {
+        Ok(Self::Cluster(Box::new(Cluster::start()?)))
+    }
+
+    /// Both kinds, one after the other: runs `test` against each and says which failed.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn both(test: impl Fn(&Rig) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        test(&Self::file()?).map_err(|error| error.context("engine=file"))?;
+        test(&Self::cluster()?).map_err(|error| error.context("engine=cluster"))
+    }
+
+    /// Directory for the test's own files.
+    pub fn dir(&self) -> &Path {
+        match self {
+            Self::File { dir, .. } => dir.path(),
+            Self::Cluster(cluster) => cluster.dir(),
+        }
+    }
+
+    /// Creates an empty volume of `bytes` and answers its name.
+    ///
+    /// # Errors
+    /// What refused it.
+    pub fn create(&self, name: &str, bytes: u64) -> anyhow::Result<String> {
+        match self {
+            Self::Cluster(cluster) => {
+                cluster.create_volume(name, &bytes.to_string())?;
+                Ok(name.to_owned())
+            }
+            Self::File { dir, .. } => {
+                let path: PathBuf = dir.path().canonicalize()?.join(format!("{name}.img"));
+                std::fs::File::create(&path)?.set_len(bytes)?;
+                Ok(format!("file:{}", path.display()))
+            }
+        }
+    }
+
+    /// Exports a volume.
+    ///
+    /// # Errors
+    /// Why it does not serve.
+    pub fn export(&self, volume: &str, read_only: bool) -> anyhow::Result<Export> {
+        Export::start(self.dir(), &self.gateway_socket(), volume, read_only)
+    }
+
+    /// Creates and exports a volume.
+    ///
+    /// # Errors
+    /// Why it does not serve.
+    pub fn serve(&self, name: &str, bytes: u64) -> anyhow::Result<Export> {
+        self.export(&self.create(name, bytes)?, false)
+    }
+
+    fn gateway_socket(&self) -> PathBuf {
+        self.dir().join("gateway.sock")
+    }
+}
