@@ -1,1 +1,30 @@
-//! Placeholder.
+//! The gateway: one process per host that owns volume sessions, splits requests and may be replaced at any moment.
+//!
+//! Called by `spline-gateway` and by `spline dev`.
+//!
+//! Knows: links (what nebd says and hears), sessions, engines, limits per volume.
+//! Must never know: NBD, vhost-user, who is in front of a link; raft, how chunkservers store.
+//!
+//! Modules in the order in which a request meets them: [`config`] → `listener` → `link` → `registry` → `session` →
+//! `admission` → [`engine`] (`split` → `fanout` for the cluster) and back through `link`; `buffer` holds payloads,
+//! `metrics` counts, `service` answers operators.
+
+#![deny(unsafe_code)]
+
+pub mod config;
+pub mod engine;
+
+mod admission;
+mod buffer;
+mod fanout;
+mod gateway;
+mod link;
+mod listener;
+mod metrics;
+mod registry;
+mod service;
+mod session;
+mod split;
+
+pub use config::{Config, FileIo};
+pub use gateway::Gateway;

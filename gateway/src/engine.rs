@@ -1,0 +1,147 @@
+//! What a session stands on: one trait, and one module per engine.
+//!
+//! Called by sessions. An engine knows where bytes are; it must not know links, sockets or guests.
+
+use crate::buffer::BufferPool;
+use crate::config::Config;
+use bytes::Bytes;
+use cluster::Cluster;
+use futures_util::future::BoxFuture;
+use spline_types::{BlockRequest, Epoch, Extent, Fault, Geometry, OnUnavailable, VolumeName};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+pub mod cluster;
+pub mod file;
+
+/// What an engine can do and how its answers are to be understood; fixed while it is open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EngineTraits {
+    /// Answered writes may still be lost by a power cut until a flush is answered.
+    pub volatile_cache: bool,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Write-zeroes is quicker than writing zeros.
+    pub fast_zero: bool,
+    /// Seeks are dear.
+    pub rotational: bool,
+    /// Number of the session; 0 for engines without one.
+    pub epoch: Epoch,
+    /// What requests do while the volume can not be reached.
+    pub on_unavailable: OnUnavailable,
+}
+
+/// What may change while an engine is open; links watch it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Standing {
+    /// Bytes of the volume; only grows.
+    pub size: u64,
+    /// A newer session exists (`one_writer`): every later request is refused with `Fenced`.
+    pub lost: bool,
+}
+
+/// What an engine answers to a request that it carried out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum EngineAnswer {
+    /// Carried out; nothing to bring back.
+    Done,
+    /// The bytes of a read, in order; together exactly as long as the range.
+    Data(Vec<Bytes>),
+    /// The allocation of a range, in order from its start. May cover less than the range, never nothing of it.
+    Extents(Vec<Extent>),
+}
+
+/// Why a volume could not be opened; the text is one line for a human.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no such volume, or it may not be served here.
+    #[error("{0}")]
+    NotFound(String),
+    /// Someone else has it.
+    #[error("{0}")]
+    Held(String),
+    /// It may be had later.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Something failed that should not.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// What serves the requests of one volume.
+pub trait Engine: Send + Sync + 'static {
+    /// A short lower-case name: `cluster`, `file`.
+    fn name(&self) -> &'static str;
+
+    /// Size and block size now.
+    fn geometry(&self) -> Geometry;
+
+    /// What it can do.
+    fn traits(&self) -> EngineTraits;
+
+    /// Size and loss, to be watched.
+    fn standing(&self) -> watch::Receiver<Standing>;
+
+    /// Carries out one request that was checked against the geometry; `payload` is as long as the range of a
+    /// write and empty otherwise. Starts when first polled. A future that is dropped may leave its work running:
+    /// [`Engine::close`] waits for that.
+    fn execute(
+        &self,
+        request: BlockRequest,
+        payload: Bytes,
+    ) -> BoxFuture<'static, Result<EngineAnswer, Fault>>;
+
+    /// Ends everything that runs and gives the volume back. Later requests fail with `Fenced`.
+    fn close(&self) -> BoxFuture<'_, ()>;
+}
+
+/// Opens volumes by name: `file:/abs/path` by the file engine, every other name by the cluster.
+pub(crate) struct Engines {
+    cluster: Option<Cluster>,
+    files: Arc<file::Files>,
+}
+
+impl Engines {
+    /// `id` is the gateway's stable name.
+    pub(crate) fn new(
+        config: &Config,
+        id: &str,
+        buffers: BufferPool,
+        registry: &mut prometheus_client::registry::Registry,
+    ) -> Self {
+        let cluster = (!config.mds.is_empty()).then(|| Cluster::new(config, id, registry));
+        Self {
+            cluster,
+            files: Arc::new(file::Files::new(config.file_roots.clone(), config.file_io, buffers)),
+        }
+    }
+
+    /// Opens a volume; for reading only if it can not be written and nobody wants to.
+    pub(crate) async fn open(
+        &self,
+        name: &VolumeName,
+        read_only: bool,
+    ) -> Result<Arc<dyn Engine>, OpenError> {
+        if let Some(path) = name.as_str().strip_prefix("file:") {
+            let (files, path) = (Arc::clone(&self.files), PathBuf::from(path));
+            let opened = tokio::task::spawn_blocking(move || files.open(&path, read_only)).await;
+            let opened =
+                opened.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))?;
+            return Ok(Arc::new(opened?));
+        }
+        match &self.cluster {
+            Some(cluster) => Ok(cluster.open(name).await?),
+            None => Err(OpenError::NotFound(format!(
+                "this gateway serves files only: volume={name}; set mds in its config to serve the cluster"
+            ))),
+        }
+    }
+
+    /// Ends what runs for all engines. Every volume has been closed.
+    pub(crate) fn stop(&self) {
+        if let Some(cluster) = &self.cluster {
+            cluster.stop();
+        }
+    }
+}

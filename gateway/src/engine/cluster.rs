@@ -1,0 +1,233 @@
+//! The cluster engine: a volume whose chunks are replicated by copysets.
+//!
+//! Called by sessions. Knows: the session with the metadata server, which segments are allocated. Must not know:
+//! links, leaders, retries. Invariants: `one_writer` (a lost session fails everything), and IO goes on without the
+//! metadata server: only new segments, opens and resizes wait.
+
+mod lease;
+
+use super::{Engine, EngineAnswer, EngineTraits, OpenError, Standing};
+use crate::config::Config;
+use crate::fanout::{self, Chunks, PartAnswer};
+use crate::split::Part;
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use lease::Leases;
+use spline_client::{ClientConfig, ClusterClient, MetaError, OpenedSession, Span, SpanAnswer, VolumeClient};
+use spline_types::{
+    BlockRequest, BlockSize, ChunkId, ChunkOp, CopysetId, Epoch, Fault, Geometry, SegmentIndex, VolumeId,
+    VolumeName,
+};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+use tokio::sync::{OnceCell, watch};
+use tracing::{info, warn};
+
+/// Time to give a session back; if the metadata server is away, the lease runs out instead.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// The cluster as a source of engines.
+pub(crate) struct Cluster {
+    client: ClusterClient,
+    /// The gateway's stable name.
+    gateway: String,
+    leases: Arc<Leases>,
+}
+
+impl Cluster {
+    pub(crate) fn new(
+        config: &Config,
+        gateway: &str,
+        registry: &mut prometheus_client::registry::Registry,
+    ) -> Self {
+        let client =
+            ClusterClient::new(ClientConfig { mds: config.mds.clone(), ..ClientConfig::default() }, registry);
+        let leases = Leases::start(client.clone(), gateway.to_owned());
+        Self { client, gateway: gateway.to_owned(), leases }
+    }
+
+    pub(crate) async fn open(&self, name: &VolumeName) -> Result<Arc<dyn Engine>, OpenError> {
+        let opened = self.client.open_session(name, &self.gateway, false).await.map_err(refused)?;
+        let volume = Arc::new(Volume::new(name.clone(), self.client.clone(), &opened));
+        self.leases.add(&volume, opened.lease);
+        Ok(Arc::new(ClusterEngine { volume, leases: Arc::clone(&self.leases) }))
+    }
+
+    pub(crate) fn stop(&self) {
+        self.leases.stop();
+    }
+}
+
+fn refused(error: MetaError) -> OpenError {
+    let text = error.to_string();
+    match error {
+        MetaError::NotFound { .. } => OpenError::NotFound(text),
+        MetaError::Refused { fault: Fault::Fenced, .. } => OpenError::Held(text),
+        MetaError::Refused { fault: Fault::Invalid(_), .. } => OpenError::NotFound(text),
+        MetaError::Refused { fault: Fault::Unavailable(_), .. } | MetaError::Unreachable { .. } => {
+            OpenError::Unavailable(text)
+        }
+        MetaError::Refused { .. } | MetaError::BadReply { .. } => OpenError::Internal(text),
+    }
+}
+
+struct ClusterEngine {
+    volume: Arc<Volume>,
+    leases: Arc<Leases>,
+}
+
+/// One session with the cluster.
+struct Volume {
+    name: VolumeName,
+    id: VolumeId,
+    traits: EngineTraits,
+    block_size: BlockSize,
+    size: AtomicU64,
+    standing: watch::Sender<Standing>,
+    cluster: ClusterClient,
+    client: VolumeClient,
+    segments: RwLock<HashMap<SegmentIndex, Arc<[CopysetId]>>>,
+    /// Segments that are being allocated: whoever comes meanwhile waits for the same answer.
+    allocating: Mutex<HashMap<SegmentIndex, Arc<Allocation>>>,
+}
+
+type Allocation = OnceCell<Arc<[CopysetId]>>;
+
+impl Volume {
+    fn new(name: VolumeName, cluster: ClusterClient, opened: &OpenedSession) -> Self {
+        let traits = EngineTraits {
+            volatile_cache: false,
+            read_only: false,
+            fast_zero: true,
+            rotational: false,
+            epoch: opened.epoch,
+            on_unavailable: opened.on_unavailable,
+        };
+        let size = opened.geometry.size;
+        Self {
+            name,
+            id: opened.volume,
+            traits,
+            block_size: opened.geometry.block_size,
+            size: AtomicU64::new(size),
+            standing: watch::Sender::new(Standing { size, lost: false }),
+            client: cluster.session(opened),
+            cluster,
+            segments: RwLock::new(opened.segments.clone()),
+            allocating: Mutex::default(),
+        }
+    }
+
+    const fn epoch(&self) -> Epoch {
+        self.traits.epoch
+    }
+
+    /// The volume has grown; never shrinks.
+    fn resized(&self, size: u64) {
+        if self.size.fetch_max(size, Ordering::AcqRel) < size {
+            info!(volume = %self.name, size, "volume was resized");
+            self.standing.send_modify(|now| now.size = now.size.max(size));
+        }
+    }
+
+    /// A newer session exists.
+    fn lose(&self) {
+        self.client.fence();
+        self.standing.send_if_modified(|now| !std::mem::replace(&mut now.lost, true));
+    }
+}
+
+impl Chunks for Volume {
+    fn allocated(&self, segment: SegmentIndex) -> Option<Arc<[CopysetId]>> {
+        self.segments.read().unwrap_or_else(PoisonError::into_inner).get(&segment).cloned()
+    }
+
+    async fn allocate(&self, segment: SegmentIndex) -> Result<Arc<[CopysetId]>, Fault> {
+        let flight = {
+            let mut allocating = self.allocating.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(allocating.entry(segment).or_default())
+        };
+        let allocated = flight.get_or_try_init(|| self.client.allocate_segment(segment)).await.cloned();
+        if let Ok(copysets) = &allocated {
+            let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
+            segments.insert(segment, Arc::clone(copysets));
+        }
+        // After the insertion: whoever misses the flight finds the segment. After a failure the next one asks anew.
+        self.allocating.lock().unwrap_or_else(PoisonError::into_inner).remove(&segment);
+        allocated
+    }
+
+    async fn execute(
+        &self,
+        copyset: CopysetId,
+        op: ChunkOp,
+        part: Part,
+        payload: Bytes,
+    ) -> Result<PartAnswer, Fault> {
+        let chunk = ChunkId { volume: self.id, index: part.chunk };
+        let payload = if payload.is_empty() { Vec::new() } else { vec![payload] };
+        let answer = self.client.execute(Span { copyset, chunk, op, range: part.range }, payload).await?;
+        Ok(match answer {
+            SpanAnswer::Written => PartAnswer::Written,
+            SpanAnswer::Data(data) => PartAnswer::Data(data),
+            SpanAnswer::Extents(extents) => PartAnswer::Extents(extents),
+        })
+    }
+}
+
+impl Engine for ClusterEngine {
+    fn name(&self) -> &'static str {
+        "cluster"
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.volume.size.load(Ordering::Acquire), block_size: self.volume.block_size }
+    }
+
+    fn traits(&self) -> EngineTraits {
+        self.volume.traits
+    }
+
+    fn standing(&self) -> watch::Receiver<Standing> {
+        self.volume.standing.subscribe()
+    }
+
+    fn execute(
+        &self,
+        request: BlockRequest,
+        payload: Bytes,
+    ) -> BoxFuture<'static, Result<EngineAnswer, Fault>> {
+        let volume = Arc::clone(&self.volume);
+        Box::pin(async move {
+            let answer = fanout::execute(&*volume, request, payload).await;
+            if answer == Err(Fault::Fenced) {
+                volume.lose();
+            }
+            answer
+        })
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let lost = self.volume.standing.borrow().lost;
+            self.leases.remove(&self.volume);
+            // Nothing of this session may be sent any more when the next one begins.
+            self.volume.client.fence();
+            if lost {
+                return;
+            }
+            let closed = self.volume.cluster.close_session(self.volume.id, self.volume.epoch());
+            match tokio::time::timeout(CLOSE_LIMIT, closed).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    warn!(volume = %self.volume.name, %error, "session is not given back, its lease will run out");
+                }
+                Err(_) => {
+                    warn!(volume = %self.volume.name, "metadata server is away, the lease will run out")
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,125 @@
+//! Renews the leases of all sessions of a gateway with one call, and learns from the answer which are lost and which
+//! volumes have grown. With the metadata server away everything goes on: a chunkserver, not a clock, says when a
+//! session is over (`one_writer`).
+//!
+//! Called by the cluster engine.
+
+use super::Volume;
+use spline_client::{ClusterClient, Renewal, SessionState};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// Renewals per lease: two may be lost.
+const RENEWALS_PER_LEASE: u32 = 3;
+/// Shortest time between renewals, whatever the lease says.
+const PERIOD_MIN: Duration = Duration::from_millis(100);
+
+/// The sessions to renew.
+pub(super) struct Leases {
+    client: ClusterClient,
+    gateway: String,
+    table: Mutex<Table>,
+    /// The table has its first session.
+    filled: Notify,
+    stopped: CancellationToken,
+}
+
+#[derive(Default)]
+struct Table {
+    volumes: Vec<Weak<Volume>>,
+    /// Shortest lease heard of.
+    lease: Option<Duration>,
+}
+
+impl Leases {
+    /// Starts the renewals.
+    pub(super) fn start(client: ClusterClient, gateway: String) -> Arc<Self> {
+        let (table, filled, stopped) = (Mutex::default(), Notify::new(), CancellationToken::new());
+        let leases = Arc::new(Self { client, gateway, table, filled, stopped });
+        tokio::spawn(Arc::clone(&leases).run());
+        leases
+    }
+
+    pub(super) fn stop(&self) {
+        self.stopped.cancel();
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn add(&self, volume: &Arc<Volume>, lease: Duration) {
+        let mut table = self.table();
+        table.volumes.push(Arc::downgrade(volume));
+        table.lease = Some(table.lease.map_or(lease, |known| known.min(lease)));
+        self.filled.notify_one();
+    }
+
+    pub(super) fn remove(&self, volume: &Arc<Volume>) {
+        self.table().volumes.retain(|known| !std::ptr::eq(known.as_ptr(), Arc::as_ptr(volume)));
+    }
+
+    /// The sessions that are still held, and how long to wait before their next renewal.
+    fn held(&self) -> (Vec<Arc<Volume>>, Duration) {
+        let table = self.table();
+        let held = table.volumes.iter().filter_map(Weak::upgrade);
+        let held = held.filter(|volume| !volume.standing.borrow().lost).collect();
+        (held, table.lease.unwrap_or_default() / RENEWALS_PER_LEASE)
+    }
+
+    async fn run(self: Arc<Self>) {
+        let mut away = false;
+        loop {
+            // Sessions are not kept over the pause: they may end meanwhile.
+            let (idle, period) = {
+                let (held, period) = self.held();
+                (held.is_empty(), period)
+            };
+            let pause = async {
+                match idle {
+                    true => self.filled.notified().await,
+                    false => tokio::time::sleep(period.max(PERIOD_MIN)).await,
+                }
+            };
+            tokio::select! {
+                () = pause => {}
+                () = self.stopped.cancelled() => return,
+            }
+            let (held, _) = self.held();
+            let sessions: Vec<_> = held.iter().map(|volume| (volume.id, volume.epoch())).collect();
+            if sessions.is_empty() {
+                continue;
+            }
+            match self.client.renew(&self.gateway, &sessions).await {
+                Ok(renewal) => {
+                    if std::mem::take(&mut away) {
+                        info!(sessions = sessions.len(), "leases are renewed again");
+                    }
+                    self.apply(&held, &renewal);
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut away, true) {
+                        warn!(%error, sessions = sessions.len(), "leases can not be renewed; io goes on");
+                    }
+                }
+            }
+        }
+    }
+
+    fn apply(&self, held: &[Arc<Volume>], renewal: &Renewal) {
+        self.table().lease = Some(renewal.lease);
+        for renewed in &renewal.sessions {
+            let Some(volume) = held.iter().find(|volume| volume.id == renewed.volume) else { continue };
+            match renewed.state {
+                SessionState::Alive { size } => volume.resized(size),
+                SessionState::Lost => {
+                    warn!(volume = %volume.name, epoch = %volume.epoch(), "session is lost to a newer one");
+                    volume.lose();
+                }
+            }
+        }
+    }
+}

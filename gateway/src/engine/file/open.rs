@@ -1,0 +1,219 @@
+//! Opens files and block devices as volumes: only below the configured roots, once for writing.
+//!
+//! Called by the engines' factory, on a thread that may block.
+
+use super::job::Descriptors;
+use super::overlap::Overlaps;
+use super::ring::Ring;
+use super::threads::Threads;
+use super::{Disk, Executor, FileEngine};
+use crate::buffer::BufferPool;
+use crate::config::FileIo;
+use crate::engine::{EngineTraits, OpenError, Standing};
+use rustix::fs::{
+    FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, flock, fstat, ioctl_blksszget, major,
+    minor, open, openat2, seek,
+};
+use rustix::io::Errno;
+use spline_types::limits::{VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
+use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+/// Where files may lie, and how they are used.
+pub(crate) struct Files {
+    roots: Vec<PathBuf>,
+    io: FileIo,
+    buffers: BufferPool,
+}
+
+/// An open, locked file.
+struct Opened {
+    files: Descriptors,
+    device: bool,
+    read_only: bool,
+    rotational: bool,
+    geometry: Geometry,
+}
+
+impl Files {
+    pub(crate) fn new(roots: Vec<PathBuf>, io: FileIo, buffers: BufferPool) -> Self {
+        Self { roots, io, buffers }
+    }
+
+    /// Opens a file for writing, or for reading only if it can not be written and `read_only` says that nobody wants
+    /// to. Blocks.
+    ///
+    /// # Errors
+    /// `NotFound` if it is not there or not below a root, `Held` if someone else has it open, `Internal` otherwise.
+    pub(crate) fn open(&self, path: &Path, read_only: bool) -> Result<FileEngine, OpenError> {
+        self.open_with(path, read_only, choose)
+    }
+
+    pub(super) fn open_with(
+        &self,
+        path: &Path,
+        read_only: bool,
+        executor: impl FnOnce(&Arc<Descriptors>) -> std::io::Result<Executor>,
+    ) -> Result<FileEngine, OpenError> {
+        let opened = self.open_locked(path, read_only)?;
+        let internal = |error| {
+            OpenError::Internal(format!("can not serve a file: path={} error={error}", path.display()))
+        };
+        let files = Arc::new(opened.files);
+        let executor = executor(&files).map_err(internal)?;
+        info!(
+            path = %path.display(),
+            direct = files.direct.is_some(),
+            ring = matches!(executor, Executor::Ring(_)),
+            "file is open"
+        );
+        let disk = Disk {
+            path: path.to_owned(),
+            files,
+            executor,
+            overlaps: Overlaps::default(),
+            buffers: self.buffers.clone(),
+            device: opened.device,
+            poisoned: AtomicBool::new(false),
+        };
+        let traits = EngineTraits {
+            volatile_cache: true,
+            read_only: opened.read_only,
+            fast_zero: true,
+            rotational: opened.rotational,
+            epoch: Epoch::new(0),
+            on_unavailable: OnUnavailable::Wait,
+        };
+        let standing = watch::Sender::new(Standing { size: opened.geometry.size, lost: false });
+        Ok(FileEngine { disk: Arc::new(disk), geometry: opened.geometry, traits, standing })
+    }
+
+    fn open_locked(&self, path: &Path, read_only: bool) -> Result<Opened, OpenError> {
+        let shown = path.display();
+        let (buffered, writable) = match self.resolve(path, OFlags::RDWR) {
+            Ok(fd) => (fd, true),
+            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) if read_only => {
+                (self.resolve(path, OFlags::RDONLY).map_err(|error| refused(path, error))?, false)
+            }
+            Err(error) => return Err(refused(path, error)),
+        };
+        let failed =
+            |error: Errno| OpenError::Internal(format!("can not use a file: path={shown} error={error}"));
+        let lock = if writable {
+            FlockOperation::NonBlockingLockExclusive
+        } else {
+            FlockOperation::NonBlockingLockShared
+        };
+        flock(&buffered, lock).map_err(|error| match error {
+            Errno::WOULDBLOCK => {
+                OpenError::Held(format!("file is in use by another process: path={shown}; see lslocks"))
+            }
+            error => failed(error),
+        })?;
+        let stat = fstat(&buffered).map_err(failed)?;
+        let device = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => false,
+            FileType::BlockDevice => true,
+            _ => return Err(OpenError::NotFound(format!("not a file or block device: path={shown}"))),
+        };
+        let geometry = geometry(&buffered, device).map_err(failed)?;
+        if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&geometry.size) {
+            return Err(OpenError::NotFound(format!(
+                "file is too small or too large for a volume: path={shown} bytes={} allowed={VOLUME_BYTES_MIN}..={VOLUME_BYTES_MAX}",
+                geometry.size
+            )));
+        }
+        let direct = match self.io {
+            FileIo::Direct => direct(&buffered, writable, path),
+            FileIo::Buffered => None,
+        };
+        let rotational = rotational(if device { stat.st_rdev } else { stat.st_dev });
+        Ok(Opened {
+            files: Descriptors { buffered, direct },
+            device,
+            read_only: !writable,
+            rotational,
+            geometry,
+        })
+    }
+
+    /// Opens a path below the first root that it lies in; links that lead out of the root are not followed.
+    fn resolve(&self, path: &Path, access: OFlags) -> Result<OwnedFd, Errno> {
+        // Not blocking: a fifo must not hold the thread. It means nothing for files and devices.
+        let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        for root in &self.roots {
+            let Ok(inside) = path.strip_prefix(root) else { continue };
+            let root = open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+            return openat2(&root, inside, flags, Mode::empty(), resolve);
+        }
+        Err(Errno::XDEV)
+    }
+}
+
+fn refused(path: &Path, error: Errno) -> OpenError {
+    let shown = path.display();
+    match error {
+        Errno::XDEV => OpenError::NotFound(format!(
+            "file does not lie below a configured root: path={shown}; see file_roots in the gateway's config"
+        )),
+        Errno::NOENT | Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::NXIO => {
+            OpenError::NotFound(format!("no such file: path={shown} error={error}"))
+        }
+        Errno::ACCESS | Errno::PERM | Errno::ROFS => {
+            OpenError::NotFound(format!("file can not be written: path={shown} error={error}"))
+        }
+        Errno::BUSY | Errno::TXTBSY => OpenError::Held(format!("file is in use: path={shown} error={error}")),
+        error => OpenError::Internal(format!("can not open a file: path={shown} error={error}")),
+    }
+}
+
+/// Announced as 512 byte blocks unless the device has larger ones: images are usually made on such disks.
+fn geometry(file: &OwnedFd, device: bool) -> Result<Geometry, Errno> {
+    let block_size = match device && ioctl_blksszget(file)? == BlockSize::B4096.bytes() {
+        true => BlockSize::B4096,
+        false => BlockSize::B512,
+    };
+    let size = seek(file, SeekFrom::End(0))?;
+    // A tail of less than a block can not be addressed by a guest.
+    Ok(Geometry { size: size - size % u64::from(block_size.bytes()), block_size })
+}
+
+/// A second descriptor of the same file, past the page cache, if the file system offers that.
+fn direct(file: &OwnedFd, writable: bool, path: &Path) -> Option<OwnedFd> {
+    let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match open(same, access | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(fd) => Some(fd),
+        Err(error) => {
+            info!(path = %path.display(), %error, "file system has no direct io, the page cache is used");
+            None
+        }
+    }
+}
+
+/// Whether a device turns; false where nobody knows.
+fn rotational(device: u64) -> bool {
+    let base = PathBuf::from(format!("/sys/dev/block/{}:{}", major(device), minor(device)));
+    // A partition's queue is its disk's.
+    ["queue/rotational", "../queue/rotational"]
+        .iter()
+        .find_map(|place| std::fs::read_to_string(base.join(place)).ok())
+        .is_some_and(|text| text.trim() == "1")
+}
+
+/// A ring if the kernel has one that is good enough, else threads.
+fn choose(files: &Arc<Descriptors>) -> std::io::Result<Executor> {
+    match Ring::start(files) {
+        Ok(ring) => Ok(Executor::Ring(ring)),
+        Err(error) => {
+            warn!(%error, "no io_uring here, files are served by threads");
+            Threads::start(files).map(Executor::Threads)
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The unix socket on which links are accepted.
+//!
+//! Called by the gateway. Knows: whether another gateway holds the socket, who may connect (owner and group). Must
+//! not know: what is said on a link. Invariant: `bounded` (links are limited).
+
+use crate::link::{self, Links};
+use anyhow::Context;
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+/// Most links at once: several per guest, several hundred guests.
+const LINKS_MAX: usize = 4096;
+/// Owner and group may connect: whoever can connect can read and write every volume.
+const SOCKET_MODE: u32 = 0o660;
+/// Pause after a failed accept: most likely there is no descriptor left, which passes when a link ends.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A bound socket. Removes the file when dropped.
+pub(crate) struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Held for as long as the socket is ours; released by the kernel however the process ends.
+    _lock: OwnedFd,
+}
+
+impl Listener {
+    /// Binds the socket. A file that a dead gateway left is replaced; a living one is not disturbed.
+    pub(crate) fn bind(path: &Path) -> anyhow::Result<Self> {
+        let shown = path.display();
+        let lock = hold(path)?;
+        match std::fs::symlink_metadata(path) {
+            Ok(found) if found.file_type().is_socket() => {
+                info!(path = %shown, "socket of a gateway that has ended is replaced");
+                std::fs::remove_file(path)
+                    .with_context(|| format!("can not remove a socket: path={shown}"))?;
+            }
+            Ok(_) => anyhow::bail!("something that is not a socket is in the way: link_socket={shown}"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("can not look at path={shown}")),
+        }
+        // Bound under another name first: nobody connects before the mode is set.
+        let mut fresh = path.as_os_str().to_owned();
+        fresh.push(".new");
+        let fresh = PathBuf::from(fresh);
+        let _ = std::fs::remove_file(&fresh);
+        let listener = UnixListener::bind(&fresh)
+            .with_context(|| format!("can not listen; does the directory exist: link_socket={shown}"))?;
+        std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(SOCKET_MODE))?;
+        std::fs::rename(&fresh, path)?;
+        Ok(Self { listener, path: path.to_owned(), _lock: lock })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Accepts links until `leaving`; each runs as a task of `tasks`.
+    pub(crate) async fn run(self, links: Arc<Links>, tasks: TaskTracker, leaving: CancellationToken) {
+        loop {
+            let accepted = tokio::select! {
+                () = leaving.cancelled() => return,
+                accepted = self.listener.accept() => accepted,
+            };
+            match accepted {
+                Ok(_) if tasks.len() >= LINKS_MAX => {
+                    warn!(limit = LINKS_MAX, "too many links, a new one is cut");
+                }
+                Ok((stream, _)) => drop(tasks.spawn(link::serve(stream, Arc::clone(&links)))),
+                Err(error) => {
+                    warn!(%error, "can not accept a link");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Takes the lock beside the socket: two gateways that start at once do not remove each other's socket.
+fn hold(path: &Path) -> anyhow::Result<OwnedFd> {
+    let mut lock_path = path.as_os_str().to_owned();
+    lock_path.push(".lock");
+    let lock_path = PathBuf::from(lock_path);
+    let shown = lock_path.display();
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let lock = open(&lock_path, flags, Mode::RUSR | Mode::WUSR)
+        .with_context(|| format!("can not open the lock of the socket: path={shown}"))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).with_context(|| {
+        format!("another gateway runs with link_socket={}; stop it or use another socket", path.display())
+    })?;
+    Ok(lock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("gateway.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).expect("binds"));
+        let listener = Listener::bind(&path).expect("replaces the stale one");
+        assert_eq!(std::fs::metadata(&path).expect("exists").permissions().mode() & 0o777, SOCKET_MODE);
+        let refused = Listener::bind(&path).err().expect("one is enough");
+        assert!(refused.to_string().contains("another gateway runs"), "{refused}");
+        std::os::unix::net::UnixStream::connect(&path).expect("the first still listens");
+        drop(listener);
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").expect("writes");
+        assert!(Listener::bind(&path).is_err(), "a file is not a stale socket");
+        assert_eq!(std::fs::read_to_string(&path).expect("reads"), "precious");
+    }
+}

@@ -1,0 +1,200 @@
+//! Sessions by volume name: opened by the first link, shared by its links, closed a grace after the last.
+//!
+//! Called by links, the service and the gateway's shutdown. Each name has a slot whose lock is held while its volume
+//! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others.
+
+use crate::admission::Admission;
+use crate::engine::{Engines, OpenError};
+use crate::metrics::Metrics;
+use crate::session::{Membership, Session};
+use spline_link::InstanceId;
+use spline_types::VolumeName;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+/// Most names in use at once: what a host with a few hundred guests never meets.
+const VOLUMES_MAX: usize = 4096;
+
+type Slot = tokio::sync::Mutex<Option<Arc<Session>>>;
+
+/// Limits of each session.
+#[derive(Clone, Copy)]
+pub(crate) struct SessionLimits {
+    pub(crate) requests: usize,
+    pub(crate) bytes: u64,
+    /// How long a session outlives its last link.
+    pub(crate) grace: Duration,
+}
+
+/// All sessions of a gateway.
+pub(crate) struct Registry {
+    engines: Engines,
+    limits: SessionLimits,
+    metrics: Arc<Metrics>,
+    /// Cancelled when the gateway leaves.
+    leaving: CancellationToken,
+    slots: Mutex<HashMap<VolumeName, Arc<Slot>>>,
+    graces: TaskTracker,
+}
+
+impl Registry {
+    pub(crate) fn new(
+        engines: Engines,
+        limits: SessionLimits,
+        metrics: Arc<Metrics>,
+        leaving: CancellationToken,
+    ) -> Self {
+        Self { engines, limits, metrics, leaving, slots: Mutex::default(), graces: TaskTracker::new() }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<VolumeName, Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, name: &VolumeName) -> Result<Arc<Slot>, OpenError> {
+        let mut slots = self.slots();
+        if let Some(slot) = slots.get(name) {
+            return Ok(Arc::clone(slot));
+        }
+        if slots.len() >= VOLUMES_MAX {
+            return Err(OpenError::Unavailable(format!("too many volumes are open: limit={VOLUMES_MAX}")));
+        }
+        Ok(Arc::clone(slots.entry(name.clone()).or_default()))
+    }
+
+    /// Forgets a slot that is empty and that nobody else holds; the caller has let go of its lock.
+    fn forget(&self, name: &VolumeName, slot: &Arc<Slot>) {
+        let mut slots = self.slots();
+        // The map's and the caller's: whoever wants it must come through the map, which is locked.
+        let unused = Arc::strong_count(slot) <= 2 && slot.try_lock().is_ok_and(|session| session.is_none());
+        if unused && slots.get(name).is_some_and(|known| Arc::ptr_eq(known, slot)) {
+            slots.remove(name);
+        }
+    }
+
+    /// Adds a link to a volume's session, which is opened if need be.
+    ///
+    /// # Errors
+    /// Why it can not be served.
+    pub(crate) async fn join(
+        &self,
+        name: &VolumeName,
+        read_only: bool,
+        instance: InstanceId,
+        socket: &Arc<OwnedFd>,
+    ) -> Result<Membership, OpenError> {
+        let slot = self.slot(name)?;
+        let joined = self.join_slot(&slot, name, read_only, instance, socket).await;
+        if joined.is_err() {
+            self.forget(name, &slot);
+        }
+        joined
+    }
+
+    async fn join_slot(
+        &self,
+        slot: &Slot,
+        name: &VolumeName,
+        read_only: bool,
+        instance: InstanceId,
+        socket: &Arc<OwnedFd>,
+    ) -> Result<Membership, OpenError> {
+        let mut session = slot.lock().await;
+        if self.leaving.is_cancelled() {
+            return Err(OpenError::Unavailable("this gateway leaves; try again".to_owned()));
+        }
+        if let Some(open) = session.as_ref() {
+            let stale = open.is_lost() || open.leaving.is_cancelled();
+            // A session for reading only makes room for a writer when nobody uses it any more.
+            let too_narrow = open.engine.traits().read_only && !read_only && open.links() == 0;
+            if !stale && !too_narrow {
+                return Ok(open.join(instance, socket));
+            }
+            self.end(open).await;
+            *session = None;
+        }
+        let engine = self.engines.open(name, read_only).await?;
+        let traits = engine.traits();
+        info!(volume = %name, engine = engine.name(), epoch = %traits.epoch, read_only = traits.read_only, "session is open");
+        self.metrics.sessions.inc();
+        let admission = Admission::new(self.limits.requests, self.limits.bytes);
+        let opened = Arc::new(Session::new(name.clone(), engine, admission, self.leaving.child_token()));
+        let membership = opened.join(instance, socket);
+        *session = Some(opened);
+        Ok(membership)
+    }
+
+    async fn end(&self, session: &Session) {
+        let lost = session.is_lost();
+        session.engine.close().await;
+        self.metrics.sessions.dec();
+        if lost {
+            self.metrics.sessions_lost.inc();
+            warn!(volume = %session.name, "session was lost to a newer one and is closed");
+        } else {
+            info!(volume = %session.name, "session is closed");
+        }
+    }
+
+    /// Told after a link has left. Closes the session if no link comes within the grace; at once if nebd said that
+    /// it ends for good.
+    pub(crate) fn link_left(self: &Arc<Self>, session: Arc<Session>, detached: bool) {
+        let Some(joined) = session.idle_since() else { return };
+        let registry = Arc::clone(self);
+        let grace = if detached || session.is_lost() { Duration::ZERO } else { self.limits.grace };
+        self.graces.spawn(async move {
+            tokio::select! {
+                () = tokio::time::sleep(grace) => registry.close_if_idle(&session, joined).await,
+                // Shutdown closes every session itself.
+                () = registry.leaving.cancelled() => {}
+            }
+        });
+    }
+
+    async fn close_if_idle(&self, session: &Arc<Session>, joined: u64) {
+        let Ok(slot) = self.slot(&session.name) else { return };
+        let mut held = slot.lock().await;
+        if held.as_ref().is_some_and(|now| Arc::ptr_eq(now, session)) && session.idle_since() == Some(joined)
+        {
+            self.end(session).await;
+            *held = None;
+        }
+        drop(held);
+        self.forget(&session.name, &slot);
+    }
+
+    /// Closes a volume's session: its links drain, are told to leave, and are waited for. False if it is not open.
+    pub(crate) async fn close_volume(&self, name: &VolumeName) -> bool {
+        let Some(slot) = self.slots().get(name).cloned() else { return false };
+        let mut held = slot.lock().await;
+        let session = held.take();
+        if let Some(session) = &session {
+            session.leaving.cancel();
+            session.deserted().await;
+            self.end(session).await;
+        }
+        drop(held);
+        self.forget(name, &slot);
+        session.is_some()
+    }
+
+    /// Closes every session; the links have ended.
+    pub(crate) async fn close_all(&self) {
+        let names: Vec<VolumeName> = self.slots().keys().cloned().collect();
+        futures_util::future::join_all(names.iter().map(|name| self.close_volume(name))).await;
+        self.graces.close();
+        self.graces.wait().await;
+        self.engines.stop();
+    }
+
+    /// The sessions that are open; one that is just being opened or closed is left out.
+    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
+        let slots: Vec<Arc<Slot>> = self.slots().values().cloned().collect();
+        slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone()).collect()
+    }
+}
