@@ -1,7 +1,26 @@
-//! One replica of one raft group.
+//! One replica of one raft group, as its user sees it: propose, read, status, members, checkpoint.
+//!
+//! Called by the chunkserver's copysets and by the MDS. `acked_is_durable`: an answer to a proposal means that a
+//! majority has it on disk. Reads are linearizable: by the leader's lease, or by a round to the followers.
 
-use crate::command::{Answer, LogCommand, LogPosition, NodeId};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::ClientWriteError;
+use openraft::impls::EmptyNode;
+use openraft::{ChangeMembers, Instant as _, ServerState};
+
+use crate::command::{Answer, GroupId, LogCommand, LogPosition, NodeId};
 use crate::error::{ProposeError, RaftError};
+use crate::member::Member;
+use crate::types::{LeaderId, position, proposer};
+use crate::wal::Wal;
+
+/// Longest wait for a transfer of leadership to be seen done.
+const TRANSFER_LIMIT: Duration = Duration::from_secs(3);
 
 /// What part a replica plays now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,57 +57,291 @@ pub struct GroupStatus {
 }
 
 /// A handle to one replica; clones share it.
-#[derive(Clone, Debug)]
-pub struct Group {}
+#[derive(Clone)]
+pub struct Group {
+    pub(crate) member: Arc<Member>,
+    pub(crate) wal: Wal,
+}
 
-/// The right to answer one local read linearizably.
-#[derive(Debug)]
-pub struct ReadLease {}
-
-impl ReadLease {
-    /// True if the data read since the lease was taken may be returned.
-    pub fn still_held(&self) -> bool {
-        false
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Group").field("id", &self.member.id).field("status", &self.status()).finish()
     }
 }
 
-impl Group {
-    /// Writes the first membership. Ok if the group is initialised already.
-    pub async fn bootstrap(&self, _members: &[NodeId]) -> Result<(), RaftError> {
-        Err(RaftError::Stopped(String::new()))
+/// The right to answer one local read linearizably. Read, then ask [`ReadLease::still_held`].
+pub struct ReadLease {
+    /// `None`: a round to the followers came first, and any later read is linearizable.
+    leased: Option<(Arc<Member>, LeaderId)>,
+}
+
+impl std::fmt::Debug for ReadLease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReadLease").field("by_lease", &self.leased.is_some()).finish()
     }
-    /// Replicates a command and waits until this replica has applied it.
-    pub async fn propose(&self, _command: LogCommand) -> Result<Answer, ProposeError> {
-        Err(ProposeError::Stopped)
-    }
-    /// Ready when a linearizable local read may start.
-    pub async fn read_lease(&self) -> Result<ReadLease, ProposeError> {
-        Err(ProposeError::Stopped)
-    }
-    /// Role, leader, positions and members as this replica sees them.
-    pub fn status(&self) -> GroupStatus {
-        GroupStatus {
-            role: Role::Stopped,
-            leader: None,
-            term: 0,
-            last_log: None,
-            applied: None,
-            voters: Vec::new(),
-            learners: Vec::new(),
+}
+
+impl ReadLease {
+    /// True if the data read since the lease was taken may be returned. False if the process was stopped or starved
+    /// in between: take a new lease and read again.
+    pub fn still_held(&self) -> bool {
+        match &self.leased {
+            None => true,
+            Some((member, leader)) => held_lease(member) == Some(*leader),
         }
     }
-    /// Adds and removes members.
-    pub async fn change_members(&self, _add: &[NodeId], _remove: &[NodeId]) -> Result<(), RaftError> {
-        Err(RaftError::Stopped(String::new()))
+}
+
+/// The leadership under which this replica may read now without asking anybody, from cached state.
+fn held_lease(member: &Member) -> Option<LeaderId> {
+    let raft = member.raft.borrow_watched();
+    let leader = raft.vote.leader_id;
+    // Applied past the first entry of its own term: everything acknowledged by earlier leaders is in the state.
+    let is_ready = raft.state == ServerState::Leader
+        && raft.running_state.is_ok()
+        && leader.node_id == member.node.0
+        && raft.last_applied.as_ref().is_some_and(|applied| applied.leader_id == leader);
+    if !is_ready || member.transferring.load(Ordering::Acquire) == leader.term {
+        return None;
     }
-    /// Hands leadership to another voter.
-    pub async fn transfer_leadership(&self, _to: NodeId) -> Result<(), RaftError> {
-        Err(RaftError::Stopped(String::new()))
+    // Alone, no lease is needed: nobody can be elected without this node's vote.
+    let is_alone = || {
+        let mut voters = raft.membership_config.voter_ids();
+        voters.next() == Some(member.node.0) && voters.next().is_none()
+    };
+    if !member.has_grown.load(Ordering::Acquire) && is_alone() {
+        return Some(leader);
     }
-    /// Checkpoints now and purges the log behind it.
+    let acked = raft.last_quorum_acked?.into_inner();
+    (acked.elapsed() < member.timing.read_lease()).then_some(leader)
+}
+
+impl Group {
+    /// Which group this is.
+    pub fn id(&self) -> GroupId {
+        self.member.id
+    }
+
+    /// Writes the first membership. Every member may call it with the same members. Ok if the group is initialised.
+    ///
+    /// # Errors
+    /// `Refused` if this node is not among `members`.
+    pub async fn bootstrap(&self, members: &[NodeId]) -> Result<(), RaftError> {
+        if self.member.log.vote().is_some() || self.member.raft.borrow_watched().last_log_index.is_some() {
+            return Ok(());
+        }
+        let nodes = members.iter().map(|node| (node.0, EmptyNode::new())).collect();
+        let outcome = self.member.replica.initialize(nodes).await;
+        // A leader that was bootstrapped first may have written to this replica in between.
+        let is_initialised = self.member.raft.borrow_watched().last_log_index.is_some();
+        if is_initialised { Ok(()) } else { outcome }
+    }
+
+    /// Replicates a command and returns what `apply` answered here.
+    ///
+    /// # Errors
+    /// `NotLeader` and `LogFull`: certainly not logged. `Unknown`: may still commit.
+    pub async fn propose(&self, command: LogCommand) -> Result<Answer, ProposeError> {
+        let metrics = &self.member.metrics;
+        metrics.proposals.inc();
+        let begun = Instant::now();
+        let outcome = self.propose_once(command).await;
+        match &outcome {
+            Ok(_) => metrics.propose_seconds.observe(begun.elapsed().as_secs_f64()),
+            Err(_) => drop(metrics.proposals_refused.inc()),
+        }
+        outcome
+    }
+
+    async fn propose_once(&self, command: LogCommand) -> Result<Answer, ProposeError> {
+        if !self.wal.spare() {
+            return Err(if self.wal.poisoned() { ProposeError::Stopped } else { ProposeError::LogFull });
+        }
+        let (proposer, outcome) = proposer();
+        self.member.replica.propose(command, proposer).await.map_err(|()| ProposeError::Stopped)?;
+        match outcome.await {
+            Ok(Ok(applied)) => Ok(applied.data),
+            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
+                Err(ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) })
+            }
+            Ok(Err(_)) | Err(_) => Err(ProposeError::Unknown),
+        }
+    }
+
+    /// Ready when a linearizable local read may start. Cheap while the leader's lease holds; otherwise one round to
+    /// the followers, shared by all reads that wait.
+    ///
+    /// # Errors
+    /// `NotLeader` if this replica does not lead or reaches no majority.
+    pub async fn read_lease(&self) -> Result<ReadLease, ProposeError> {
+        let member = &self.member;
+        if let Some(leader) = held_lease(member) {
+            member.metrics.reads_by_lease.inc();
+            return Ok(ReadLease { leased: Some((member.clone(), leader)) });
+        }
+        self.require_leader()?;
+        let _one = member.round.lock().await;
+        if let Some(leader) = held_lease(member) {
+            member.metrics.reads_by_lease.inc();
+            return Ok(ReadLease { leased: Some((member.clone(), leader)) });
+        }
+        self.require_leader()?;
+        match member.replica.read_round(member.timing.election_min).await {
+            Ok(()) => {
+                member.metrics.reads_by_round.inc();
+                Ok(ReadLease { leased: None })
+            }
+            Err(()) => {
+                member.metrics.reads_refused.inc();
+                Err(ProposeError::NotLeader { leader: self.other_leader() })
+            }
+        }
+    }
+
+    fn require_leader(&self) -> Result<(), ProposeError> {
+        if !self.member.is_running() {
+            return Err(ProposeError::Stopped);
+        }
+        if self.member.state() == ServerState::Leader {
+            return Ok(());
+        }
+        self.member.metrics.reads_refused.inc();
+        Err(ProposeError::NotLeader { leader: self.other_leader() })
+    }
+
+    fn other_leader(&self) -> Option<NodeId> {
+        self.member.leader().filter(|leader| *leader != self.member.node)
+    }
+
+    /// Role, leader, positions and members as this replica sees them; from cached values.
+    pub fn status(&self) -> GroupStatus {
+        let raft = self.member.raft.borrow_watched();
+        let role = match raft.state {
+            _ if raft.running_state.is_err() || self.member.stopped.load(Ordering::Acquire) => Role::Stopped,
+            ServerState::Leader => Role::Leader,
+            ServerState::Follower => Role::Follower,
+            ServerState::Candidate => Role::Candidate,
+            ServerState::Learner => Role::Learner,
+            ServerState::Shutdown => Role::Stopped,
+        };
+        // A node that was leader and restarted names itself until somebody is elected.
+        let leader = raft.current_leader.map(NodeId);
+        let leader = leader.filter(|leader| (*leader == self.member.node) == (role == Role::Leader));
+        GroupStatus {
+            role,
+            leader,
+            term: raft.current_term,
+            last_log: self.member.log.last().as_ref().map(position),
+            applied: raft.last_applied.as_ref().map(position),
+            voters: raft.membership_config.voter_ids().map(NodeId).collect(),
+            learners: raft.membership_config.membership().learner_ids().map(NodeId).collect(),
+        }
+    }
+
+    /// Adds and removes members: newcomers become learners, catch up by log or snapshot, then one joint change. Waits
+    /// until done; a newcomer that can not be reached is waited for. Already done parts are skipped.
+    ///
+    /// # Errors
+    /// `NotLeader`; `Refused` if another change is under way or nobody would be left.
+    pub async fn change_members(&self, add: &[NodeId], remove: &[NodeId]) -> Result<(), RaftError> {
+        let status = self.status();
+        if status.role != Role::Leader {
+            return Err(RaftError::NotLeader(status.leader));
+        }
+        if !add.is_empty() {
+            self.member.has_grown.store(true, Ordering::Release);
+        }
+        for node in add.iter().filter(|node| !status.voters.contains(node)) {
+            self.member.replica.add_learner(node.0).await?;
+        }
+        let now = self.status();
+        let mut voters: BTreeSet<u64> = now.voters.iter().chain(add).map(|node| node.0).collect();
+        voters.retain(|node| !remove.contains(&NodeId(*node)));
+        if voters.is_empty() {
+            return Err(RaftError::Refused("a group can not lose its last member".to_owned()));
+        }
+        if voters != now.voters.iter().map(|node| node.0).collect() {
+            self.member.replica.change(ChangeMembers::ReplaceAllVoters(voters)).await?;
+        }
+        let left: BTreeSet<u64> =
+            self.status().learners.iter().filter(|node| remove.contains(node)).map(|node| node.0).collect();
+        if !left.is_empty() {
+            self.member.replica.change(ChangeMembers::RemoveNodes(left)).await?;
+        }
+        Ok(())
+    }
+
+    /// Hands leadership to another voter and waits until it leads.
+    ///
+    /// # Errors
+    /// `NotLeader`; `Refused` if `to` has no vote or does not take over in time (then an election decides).
+    pub async fn transfer_leadership(&self, to: NodeId) -> Result<(), RaftError> {
+        let status = self.status();
+        if status.role != Role::Leader {
+            return Err(RaftError::NotLeader(status.leader));
+        }
+        if to == self.member.node {
+            return Ok(());
+        }
+        if !status.voters.contains(&to) {
+            return Err(RaftError::Refused(format!("leadership can only go to a voter, node={to}")));
+        }
+        // The followers will vote although our lease runs: from here on it must not be read under.
+        self.member.transferring.store(status.term, Ordering::Release);
+        self.member.replica.transfer(to.0).await?;
+        let mut raft = self.member.raft.clone();
+        let wait = async {
+            while raft.borrow_watched().current_leader != Some(to.0) {
+                raft.changed().await.map_err(|_| RaftError::Stopped("replica stopped".to_owned()))?;
+            }
+            Ok(())
+        };
+        let timeout = || RaftError::Refused(format!("leadership was not taken over in time, node={to}"));
+        tokio::time::timeout(TRANSFER_LIMIT, wait).await.unwrap_or_else(|_| Err(timeout()))
+    }
+
+    /// Checkpoints now and purges the whole log behind the checkpoint.
+    ///
+    /// # Errors
+    /// `Stopped`, also if the checkpoint failed (then the replica has stopped).
     pub async fn checkpoint(&self) -> Result<(), RaftError> {
-        Err(RaftError::Stopped(String::new()))
+        checkpoint(&self.member, 0).await
     }
-    /// Stops this replica.
-    pub async fn shutdown(&self) {}
+
+    /// Stops this replica. Its log stays.
+    pub async fn shutdown(&self) {
+        self.member.stop().await;
+    }
+}
+
+/// Builds a checkpoint of what is applied now, then purges the log behind it except for about `keep` bytes, so that a
+/// follower that was away for a moment need not take a snapshot.
+pub(crate) async fn checkpoint(member: &Member, keep: u64) -> Result<(), RaftError> {
+    let _one = member.checkpointing.lock().await;
+    let mut raft = member.raft.clone();
+    let Some(target) = raft.borrow_watched().last_applied else { return Ok(()) };
+    let built = loop {
+        let (built, running) = {
+            let now = raft.borrow_and_update();
+            (now.snapshot, now.running_state.clone())
+        };
+        running.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
+        match built {
+            Some(built) if built.index >= target.index => break built,
+            _ => member.replica.build_checkpoint().await?,
+        }
+        // Woken by every change of the replica's state, and asked again if a build was already under way.
+        let changed = tokio::time::timeout(member.timing.heartbeat, raft.changed()).await;
+        if let Ok(Err(_)) = changed {
+            return Err(RaftError::Stopped("replica stopped".to_owned()));
+        }
+    };
+    let upto = match keep {
+        0 => Some(built.index),
+        keep => member.log.purge_to_keep(keep).map(|index| index.min(built.index)),
+    };
+    match upto {
+        Some(index) => member.replica.purge(index).await,
+        None => Ok(()),
+    }
 }

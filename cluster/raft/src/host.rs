@@ -1,20 +1,40 @@
-//! All replicas of one data directory.
+//! All replicas of one data directory: the WAL, the connections to the peers, the clock, the groups.
+//!
+//! Called by the chunkserver and the MDS. Owns what the groups share; a group's own state is in `member`.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use openraft::{Config, Raft, SnapshotPolicy};
 use prometheus_client::registry::Registry;
 use spline_wire::{Frame, FrameSender};
 
+use crate::codec::message::{ENTRIES_MAX, Request};
 use crate::command::{GroupId, NodeId};
 use crate::error::RaftError;
 use crate::group::Group;
+use crate::log_store::LogStore;
+use crate::member::{Member, Timing};
+use crate::metrics::Metrics;
+use crate::network::peers::Peers;
+use crate::network::{Factory, receive};
+use crate::pulse;
+use crate::replica::Replica;
+use crate::snapshot::Throttle;
 use crate::state_machine::StateMachine;
-use crate::wal::WalConfig;
+use crate::state_machine::adapter::Adapter;
+use crate::wal::{Wal, WalConfig, WalDone};
 
-/// How a host runs. Timings must be the same on all nodes of a group.
+/// A learner this many entries behind has caught up; the rest follows under the joint change.
+const CAUGHT_UP_ENTRIES: u64 = 128;
+/// Proposals and messages that may wait for one replica: the senders' windows keep far below it (`bounded`).
+const QUEUE_MESSAGES: u64 = 8192;
+
+/// How a host runs. The three timings must be the same on all nodes of a group.
 #[derive(Clone, Debug)]
 pub struct RaftConfig {
     /// The data directory's raft folder: the WAL lies in it.
@@ -31,7 +51,7 @@ pub struct RaftConfig {
     pub checkpoint_log_bytes: u64,
     /// The write-ahead log.
     pub wal: WalConfig,
-    /// Most bytes per second that snapshots of this host send.
+    /// Most bytes per second that snapshots of this host send; 0 is no limit.
     pub snapshot_bytes_per_second: u64,
 }
 
@@ -51,27 +71,178 @@ impl RaftConfig {
     }
 }
 
-/// One per data directory: the WAL, the peer connections, all groups. Clones share it.
-#[derive(Clone, Debug)]
-pub struct RaftHost {}
+/// One per data directory. Clones share it; dropping the last one stops the clock, `shutdown` stops the groups.
+#[derive(Clone)]
+pub struct RaftHost(Arc<HostState>);
+
+impl std::fmt::Debug for RaftHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RaftHost").field("node", &self.0.node).finish_non_exhaustive()
+    }
+}
+
+pub(crate) struct HostState {
+    node: NodeId,
+    pub(crate) timing: Timing,
+    pub(crate) checkpoint_log_bytes: u64,
+    pub(crate) wal: Wal,
+    pub(crate) peers: Arc<Peers>,
+    metrics: Arc<Metrics>,
+    throttle: Arc<Throttle>,
+    openraft: Arc<Config>,
+    members: RwLock<HashMap<GroupId, Arc<Member>>>,
+    /// One start or removal at a time.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl HostState {
+    pub(crate) fn members(&self) -> Vec<Arc<Member>> {
+        self.members.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn member(&self, id: GroupId) -> Option<Arc<Member>> {
+        self.members.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+}
+
+fn openraft_config(config: &RaftConfig) -> Result<Config, RaftError> {
+    let millis = |duration: Duration| duration.as_millis() as u64;
+    let config = Config {
+        cluster_name: "spline".to_owned(),
+        heartbeat_interval: millis(config.heartbeat),
+        election_timeout_min: millis(config.election_min),
+        election_timeout_max: millis(config.election_max),
+        max_payload_entries: ENTRIES_MAX,
+        replication_lag_threshold: CAUGHT_UP_ENTRIES,
+        // Checkpoints and purges are `pulse`'s and `group::checkpoint`'s decision.
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
+        // The clock is `pulse`'s.
+        enable_tick: false,
+        enable_elect: true,
+        enable_pre_vote: Some(true),
+        // A restarted leader must be elected anew: entries it had sent but not yet synced could otherwise get a
+        // second meaning under the same term.
+        enable_leader_restore: Some(false),
+        broadcast_submitted_on_append: Some(true),
+        api_channel_size: Some(QUEUE_MESSAGES),
+        notification_channel_size: Some(QUEUE_MESSAGES),
+        ..Config::default()
+    };
+    config.validate().map_err(|e| RaftError::Refused(format!("raft timings do not fit together: {e}")))
+}
 
 impl RaftHost {
     /// Opens the WAL of `config.dir` and recovers it.
-    pub async fn open(_config: RaftConfig, _metrics: &mut Registry) -> Result<RaftHost, RaftError> {
-        Err(RaftError::Stopped(String::new()))
+    ///
+    /// # Errors
+    /// `Io` with the WAL's reason; `Refused` if the timings contradict each other.
+    pub async fn open(config: RaftConfig, metrics: &mut Registry) -> Result<RaftHost, RaftError> {
+        let openraft = Arc::new(openraft_config(&config)?);
+        let timing = Timing {
+            heartbeat: config.heartbeat,
+            election_min: config.election_min,
+            lease: config.election_max,
+        };
+        // Recovery reads the whole log; nothing else runs on this host yet, but other hosts of the process may.
+        let wal = Wal::open(&config.dir, config.wal.clone(), metrics);
+        let (wal, _recovered) = wal.map_err(std::io::Error::other)?;
+        let metrics = Arc::new(Metrics::register(metrics));
+        let state = Arc::new(HostState {
+            node: config.node,
+            timing,
+            checkpoint_log_bytes: config.checkpoint_log_bytes,
+            wal,
+            peers: Arc::new(Peers::new(metrics.clone())),
+            metrics,
+            throttle: Arc::new(Throttle::new(config.snapshot_bytes_per_second)),
+            openraft,
+            members: RwLock::default(),
+            changing: tokio::sync::Mutex::new(()),
+        });
+        tokio::spawn(pulse::run(Arc::downgrade(&state)));
+        Ok(RaftHost(state))
     }
+
     /// Starts this host's replica of a group.
-    pub async fn start_group<S: StateMachine>(&self, _id: GroupId, _machine: S) -> Result<Group, RaftError> {
-        Err(RaftError::Stopped(String::new()))
+    ///
+    /// # Errors
+    /// `AlreadyStarted`; `Io` if its log can not be read.
+    pub async fn start_group<S: StateMachine>(&self, id: GroupId, machine: S) -> Result<Group, RaftError> {
+        let host = &self.0;
+        let _one = host.changing.lock().await;
+        if host.member(id).is_some() {
+            return Err(RaftError::AlreadyStarted(id.0));
+        }
+        let log = LogStore::open(host.wal.clone(), id)?;
+        let started = Arc::new(AtomicBool::new(false));
+        let adapter = Adapter::new(id, machine, log.clone(), started.clone(), host.metrics.clone())?;
+        let network = Factory { group: id, peers: host.peers.clone(), throttle: host.throttle.clone() };
+        let raft = Raft::new(host.node.0, host.openraft.clone(), network, log.clone(), adapter).await;
+        let raft = raft.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
+        started.store(true, Ordering::Release);
+        let replica: Box<dyn Replica> = Box::new(raft);
+        let member = Member::new(id, host.node, replica, log, host.timing, host.metrics.clone());
+        let member = Arc::new(member);
+        host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
+        Ok(Group { member, wal: host.wal.clone() })
     }
-    /// Stops the replica and forgets its log.
-    pub async fn remove_group(&self, _id: GroupId) -> Result<(), RaftError> {
-        Err(RaftError::Stopped(String::new()))
+
+    /// Stops the replica and forgets its log. What its state machine stored is the user's to delete.
+    ///
+    /// # Errors
+    /// `Io` if forgetting could not be made durable.
+    pub async fn remove_group(&self, id: GroupId) -> Result<(), RaftError> {
+        let host = &self.0;
+        let _one = host.changing.lock().await;
+        let member = host.members.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        if let Some(member) = member {
+            member.stop().await;
+        }
+        let (done, outcome) = WalDone::oneshot();
+        host.wal.remove_group(id, done);
+        outcome.await.map_err(|_| RaftError::Stopped("write-ahead log is closed".to_owned()))??;
+        Ok(())
     }
-    /// Replaces the address book of the peers.
-    pub fn set_addresses(&self, _book: HashMap<NodeId, SocketAddr>) {}
-    /// Takes a `RaftRequest` frame from the process's wire listener.
-    pub async fn handle(&self, _frame: Frame, _replies: &FrameSender) {}
-    /// Stops all groups and syncs the WAL.
-    pub async fn shutdown(&self) {}
+
+    /// Replaces the address book of the peers. A peer that is not in it can not be reached.
+    pub fn set_addresses(&self, book: HashMap<NodeId, SocketAddr>) {
+        self.0.peers.set_addresses(book);
+    }
+
+    /// Takes a `RaftRequest` frame from the process's wire listener; the reply goes to `replies`. Never waits for a
+    /// group.
+    pub async fn handle(&self, frame: Frame, replies: &FrameSender) {
+        let number = frame.request;
+        match Request::from_frame(frame) {
+            Ok((id, request)) => match self.0.member(id) {
+                Some(member) => receive::dispatch(member, request, number, replies.clone()),
+                None => {
+                    receive::refuse(number, format!("raft group is not on this host group={id}"), replies)
+                }
+            },
+            Err(error) => {
+                tracing::warn!(%error, "raft request is not readable");
+                receive::refuse(number, error.to_string(), replies);
+            }
+        }
+    }
+
+    /// Stops all groups, writes out and closes the WAL.
+    pub async fn shutdown(&self) {
+        let host = &self.0;
+        let _one = host.changing.lock().await;
+        let members: Vec<Arc<Member>> = host
+            .members
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .drain()
+            .map(|(_, member)| member)
+            .collect();
+        futures_util::future::join_all(members.iter().map(|member| member.stop())).await;
+        host.peers.close();
+        let wal = host.wal.clone();
+        // A panic in there has been reported by itself.
+        drop(tokio::task::spawn_blocking(move || wal.close()).await);
+    }
 }

@@ -1,11 +1,12 @@
 //! Replication: raft groups over one shared log per data directory and one shared connection per peer.
 //!
-//! Knows: openraft (the only crate that does), the write-ahead log, the raft messages and their encodings, checkpoints
-//! and snapshots as opaque items.
+//! Knows: openraft (the only crate that does), the write-ahead log, the raft messages and their encodings, leases,
+//! checkpoints and snapshots as opaque items.
 //! Must never know: what a command means, chunk files, volumes, the MDS.
 //!
-//! Modules in the order in which a proposal meets them: [`group`] → `log_store` → [`wal`] and `network` → `machine` →
-//! [`state_machine`]; [`host`] owns them all, `snapshot` moves whole states, `codec` holds the encodings.
+//! Modules in the order in which a proposal meets them: [`group`] → `member` → `replica` (openraft) → `log_store` →
+//! [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock, `snapshot` moves whole
+//! states, `codec` holds the encodings, `types` openraft's parameters; [`command`] and [`error`] are the vocabulary.
 
 pub mod command;
 pub mod error;
@@ -13,6 +14,16 @@ pub mod group;
 pub mod host;
 pub mod state_machine;
 pub mod wal;
+
+mod codec;
+mod log_store;
+mod member;
+mod metrics;
+mod network;
+mod pulse;
+mod replica;
+mod snapshot;
+mod types;
 
 pub use command::{Answer, GroupId, LogCommand, LogPosition, NodeId};
 pub use error::{ProposeError, RaftError};

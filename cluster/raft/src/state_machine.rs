@@ -12,6 +12,8 @@ use futures_util::future::BoxFuture;
 
 use crate::command::{Answer, LogCommand, LogPosition};
 
+pub(crate) mod adapter;
+
 /// What a durable checkpoint records: everything up to `position` is in the user's own files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Checkpoint {

@@ -1,0 +1,158 @@
+//! The peers as openraft sees them: one client per group and peer, all over one connection per peer.
+//!
+//! Called by openraft's replication, heartbeat, vote and snapshot tasks. [`peers`] holds the connections, [`stream`]
+//! the pipelined appends, `crate::snapshot` the transfer of states, [`receive`] the other side.
+//! `bounded`: a stream has at most [`stream::WINDOW_MESSAGES`] unanswered messages; a silent connection is cut.
+
+pub(crate) mod peers;
+pub(crate) mod receive;
+pub(crate) mod stream;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::Stream;
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+use openraft::OptionalSend;
+use openraft::error::{NetworkError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::impls::EmptyNode;
+use openraft::network::{
+    Backoff, NetBackoff, NetSnapshot, NetStreamAppend, NetTransferLeader, NetVote, RPCOption,
+    RaftNetworkFactory,
+};
+use openraft::raft::{SnapshotResponse, StreamAppendResult, TransferLeaderResponse};
+
+use crate::codec::message::{Reply, Request};
+use crate::command::{GroupId, NodeId};
+use crate::snapshot;
+use crate::state_machine::adapter::SnapshotData;
+use crate::types::{AppendRequest, RpcError, TransferRequest, TypeConfig, Vote, VoteRequest, VoteResponse};
+use peers::{Peer, Peers};
+
+/// Pause of a replication stream to a peer that can not be reached.
+const BACKOFF: Duration = Duration::from_millis(100);
+
+/// Makes the clients of one group.
+pub(crate) struct Factory {
+    pub(crate) group: GroupId,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) throttle: Arc<snapshot::Throttle>,
+}
+
+/// One group's client of one peer.
+pub(crate) struct Client {
+    group: GroupId,
+    peer: Arc<Peer>,
+    peers: Arc<Peers>,
+    throttle: Arc<snapshot::Throttle>,
+}
+
+impl RaftNetworkFactory<TypeConfig> for Factory {
+    type Network = Client;
+
+    async fn new_client(&mut self, target: u64, _node: &EmptyNode) -> Client {
+        Client {
+            group: self.group,
+            peer: self.peers.peer(NodeId(target)),
+            peers: self.peers.clone(),
+            throttle: self.throttle.clone(),
+        }
+    }
+}
+
+pub(crate) fn unreachable(reason: impl ToString) -> RpcError {
+    RpcError::Unreachable(Unreachable::from_string(reason))
+}
+
+pub(crate) fn broken(reason: impl ToString) -> RpcError {
+    RpcError::Network(NetworkError::from_string(reason))
+}
+
+fn unexpected(reply: Reply) -> RpcError {
+    match reply {
+        Reply::Refused(reason) => unreachable(reason),
+        other => broken(format!("unexpected reply {other:?}")),
+    }
+}
+
+impl Client {
+    async fn call(&self, request: Request, limit: Duration) -> Result<Reply, RpcError> {
+        let link = self.peer.link().await.map_err(unreachable)?;
+        link.call(self.group, request, limit).await.map_err(broken)
+    }
+
+    async fn ask_vote(&self, request: Request, limit: Duration) -> Result<VoteResponse, RpcError> {
+        match self.call(request, limit).await? {
+            Reply::Voted(response) => Ok(response),
+            other => Err(unexpected(other)),
+        }
+    }
+}
+
+impl NetBackoff<TypeConfig> for Client {
+    fn backoff(&self) -> Option<Backoff> {
+        Some(Backoff::new(std::iter::repeat(BACKOFF)))
+    }
+}
+
+impl NetStreamAppend<TypeConfig> for Client {
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        _option: RPCOption,
+    ) -> BoxFuture<'s, Result<BoxStream<'s, Result<StreamAppendResult<TypeConfig>, RpcError>>, RpcError>>
+    where
+        S: Stream<Item = AppendRequest> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(async move {
+            let link = self.peer.link().await.map_err(unreachable)?;
+            let metrics = self.peers.metrics.clone();
+            let answers: BoxStream<'s, _> = Box::pin(stream::run(self.group, link, metrics, input));
+            Ok(answers)
+        })
+    }
+}
+
+impl NetVote<TypeConfig> for Client {
+    async fn vote(&mut self, rpc: VoteRequest, option: RPCOption) -> Result<VoteResponse, RpcError> {
+        self.ask_vote(Request::Vote(rpc), option.hard_ttl()).await
+    }
+
+    async fn pre_vote(&mut self, rpc: VoteRequest, option: RPCOption) -> Result<VoteResponse, RpcError> {
+        self.ask_vote(Request::PreVote(rpc), option.hard_ttl()).await
+    }
+}
+
+impl NetTransferLeader<TypeConfig> for Client {
+    async fn transfer_leader(
+        &mut self,
+        request: TransferRequest,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, RpcError> {
+        match self.call(Request::Transfer(request), option.hard_ttl()).await? {
+            Reply::TransferTaken => Ok(Ok(())),
+            other => Err(unexpected(other)),
+        }
+    }
+}
+
+impl NetSnapshot<TypeConfig> for Client {
+    type SnapshotData = SnapshotData;
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: openraft::alias::SnapshotOf<TypeConfig, SnapshotData>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let link = self.peer.link().await.map_err(unreachable)?;
+        let send = snapshot::send(self.group, &link, vote, snapshot, &self.throttle, &self.peers.metrics);
+        tokio::select! {
+            sent = send => Ok(SnapshotResponse::new(sent?)),
+            closed = cancel => Err(closed.into()),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Pipelined appends of one group to one peer: many messages on the way, answers in order.
+//!
+//! Called by `network` for replication streams and heartbeats. openraft pulls answers; pulling also sends what is ready.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use futures_util::{Stream, StreamExt, stream};
+use openraft::raft::{StreamAppendError, StreamAppendResult};
+use spline_wire::Frame;
+use tokio::sync::mpsc;
+
+use super::peers::Link;
+use super::{broken, unexpected};
+use crate::codec::message::{Reply, Request};
+use crate::command::GroupId;
+use crate::metrics::Metrics;
+use crate::types::{AppendRequest, LogId, RpcError, TypeConfig};
+use openraft::EntryPayload;
+
+/// Most unanswered messages of one stream: enough to fill a slow link with small entries.
+pub(crate) const WINDOW_MESSAGES: usize = 64;
+/// Most unanswered bytes of one stream (one larger message goes alone): a hundred groups must not pile up gigabytes.
+const WINDOW_BYTES: usize = 8 << 20;
+
+type Answer = Result<StreamAppendResult<TypeConfig>, RpcError>;
+
+/// A message on its way.
+struct Sent {
+    request: u64,
+    previous: Option<LogId>,
+    last: Option<LogId>,
+    bytes: usize,
+    reply: Option<Reply>,
+}
+
+struct Session<S> {
+    group: GroupId,
+    link: Arc<Link>,
+    metrics: Arc<Metrics>,
+    input: S,
+    input_ended: bool,
+    replies: mpsc::UnboundedReceiver<(u64, Option<Frame>)>,
+    reply_to: mpsc::UnboundedSender<(u64, Option<Frame>)>,
+    sent: VecDeque<Sent>,
+    bytes: usize,
+}
+
+impl<S> Drop for Session<S> {
+    fn drop(&mut self) {
+        self.link.forget(self.sent.iter().filter(|sent| sent.reply.is_none()).map(|sent| sent.request));
+    }
+}
+
+/// Sends what `input` yields and yields the answers in its order. Ends after the first answer that is not a success.
+pub(crate) fn run<S>(
+    group: GroupId,
+    link: Arc<Link>,
+    metrics: Arc<Metrics>,
+    input: S,
+) -> impl Stream<Item = Answer>
+where
+    S: Stream<Item = AppendRequest> + Send + Unpin,
+{
+    let (reply_to, replies) = mpsc::unbounded_channel();
+    let sent = VecDeque::new();
+    let session =
+        Session { group, link, metrics, input, input_ended: false, replies, reply_to, sent, bytes: 0 };
+    stream::unfold(Some(session), |session| async move {
+        let mut session = session?;
+        let answer = session.next().await?;
+        let go_on = matches!(answer, Ok(Ok(_)));
+        Some((answer, go_on.then_some(session)))
+    })
+}
+
+impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
+    async fn next(&mut self) -> Option<Answer> {
+        loop {
+            if let Some(reply) = self.sent.front_mut().and_then(|first| first.reply.take()) {
+                let first = self.sent.pop_front()?;
+                self.bytes -= first.bytes;
+                return Some(answer(first, reply));
+            }
+            if self.input_ended && self.sent.is_empty() {
+                return None;
+            }
+            let room =
+                self.sent.len() < WINDOW_MESSAGES && (self.bytes < WINDOW_BYTES || self.sent.is_empty());
+            tokio::select! {
+                biased;
+                reply = self.replies.recv(), if !self.sent.is_empty() => {
+                    if let Err(error) = self.take(reply?) {
+                        return Some(Err(error));
+                    }
+                }
+                request = self.input.next(), if !self.input_ended && room => match request {
+                    Some(request) => {
+                        if let Err(error) = self.send(request).await {
+                            return Some(Err(broken(error)));
+                        }
+                    }
+                    None => self.input_ended = true,
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, (request, frame): (u64, Option<Frame>)) -> Result<(), RpcError> {
+        let frame = frame.ok_or_else(|| broken("connection broke"))?;
+        let reply = Reply::from_frame(frame).map_err(broken)?;
+        if let Some(sent) = self.sent.iter_mut().find(|sent| sent.request == request) {
+            sent.reply = Some(reply);
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, append: AppendRequest) -> Result<(), String> {
+        let previous = append.prev_log_id;
+        let last = append.entries.last().map(|entry| entry.log_id).or(previous);
+        let bytes = append.entries.iter().map(entry_bytes).sum();
+        self.metrics.appends_sent.inc();
+        self.metrics.entries_sent.inc_by(append.entries.len() as u64);
+        let request = self.link.send(self.group, Request::Append(append), &self.reply_to).await?;
+        self.bytes += bytes;
+        self.sent.push_back(Sent { request, previous, last, bytes, reply: None });
+        Ok(())
+    }
+}
+
+fn entry_bytes(entry: &crate::types::Entry) -> usize {
+    match &entry.payload {
+        EntryPayload::Normal(command) => command.meta.len() + command.payload.len(),
+        EntryPayload::Blank | EntryPayload::Membership(_) => 0,
+    }
+}
+
+fn answer(sent: Sent, reply: Reply) -> Answer {
+    match (reply, sent.previous) {
+        (Reply::Appended, _) => Ok(Ok(sent.last)),
+        (Reply::Conflict, Some(previous)) => Ok(Err(StreamAppendError::Conflict(previous))),
+        (Reply::HigherVote(vote), _) => Ok(Err(StreamAppendError::HigherVote(vote))),
+        (other, _) => Err(unexpected(other)),
+    }
+}

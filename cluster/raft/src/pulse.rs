@@ -1,0 +1,193 @@
+//! The clock of all groups of a host: heartbeats, elections, silent connections, checkpoints.
+//!
+//! One task, started by `host`. openraft's own ticks are off: a hundred groups would wake a hundred timers sixteen
+//! times a second, and their heartbeats would never share a system call.
+//!
+//! An election is asked for as soon as the leader's lease has run out (never earlier: the peers would refuse), first by
+//! the group's preferred node, and only while a majority can be reached. Groups whose own last vote made this node
+//! their leader ask at once after a start.
+
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use openraft::ServerState;
+use openraft::async_runtime::watch::WatchReceiver;
+
+use crate::command::NodeId;
+use crate::group::checkpoint;
+use crate::host::HostState;
+use crate::member::Member;
+
+/// How often the clock looks at every group.
+const BEAT: Duration = Duration::from_millis(25);
+/// Head start of each voter over the next one in the group's order of preference.
+const RANK_STEP: Duration = Duration::from_millis(60);
+/// Slack after a lease, so that the peers' leases, which began a moment apart, have run out too.
+const LEASE_SLACK: Duration = Duration::from_millis(10);
+/// Pause between two pre-vote rounds of one group: they cost two messages and change nothing.
+const RETRY: Duration = Duration::from_millis(150);
+/// How often logs are measured for checkpoints.
+const CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
+/// Checkpoints under way at once: each syncs many files.
+const CHECKPOINTS_AT_ONCE: usize = 2;
+
+/// Runs until the host is dropped.
+pub(crate) async fn run(host: Weak<HostState>) {
+    let mut next_heartbeat = Instant::now();
+    let mut next_checkpoint = Instant::now() + CHECKPOINT_EVERY;
+    let mut beat = tokio::time::interval(BEAT);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let permits = Arc::new(tokio::sync::Semaphore::new(CHECKPOINTS_AT_ONCE));
+    loop {
+        beat.tick().await;
+        let Some(host) = host.upgrade() else { return };
+        let members = host.members();
+        let now = Instant::now();
+        let heartbeat = now >= next_heartbeat;
+        if heartbeat {
+            next_heartbeat = now + host.timing.heartbeat;
+            host.peers.cut_silent();
+        }
+        for member in &members {
+            look_at(&host, member, now, heartbeat).await;
+        }
+        if now >= next_checkpoint {
+            next_checkpoint = now + CHECKPOINT_EVERY;
+            start_checkpoints(&host, &members, &permits);
+        }
+    }
+}
+
+/// What one look at a group's cached state says.
+enum Look {
+    Nothing,
+    Beat,
+    Voter { voters: Vec<NodeId>, candidate: bool },
+}
+
+fn look(member: &Member, heartbeat: bool) -> Look {
+    let raft = member.raft.borrow_watched();
+    if raft.running_state.is_err() {
+        return Look::Nothing;
+    }
+    if raft.state == ServerState::Leader {
+        return if heartbeat { Look::Beat } else { Look::Nothing };
+    }
+    // Nothing to do while the leader was heard lately, which is the common case: decided without allocating.
+    if let heard @ 1.. = member.heard() {
+        let silence = member.started.elapsed().saturating_sub(Duration::from_millis(heard));
+        if silence < member.timing.lease {
+            return Look::Nothing;
+        }
+    }
+    let voters: Vec<NodeId> = raft.membership_config.voter_ids().map(NodeId).collect();
+    if !voters.contains(&member.node) {
+        return Look::Nothing;
+    }
+    Look::Voter { voters, candidate: raft.state == ServerState::Candidate }
+}
+
+async fn look_at(host: &HostState, member: &Arc<Member>, now: Instant, heartbeat: bool) {
+    match look(member, heartbeat) {
+        Look::Nothing => {}
+        Look::Beat => member.replica.heartbeat().await,
+        Look::Voter { voters, .. } if voters == [member.node] => campaign(member, now, false).await,
+        Look::Voter { voters, candidate } => {
+            let mut up = 1;
+            for peer in
+                voters.iter().filter(|voter| **voter != member.node).map(|voter| host.peers.peer(*voter))
+            {
+                up += usize::from(peer.is_up());
+                peer.warm();
+            }
+            let is_due = now >= deadline(host, member, &voters);
+            if is_due && up * 2 > voters.len() && may_retry(member, now) {
+                let pause = if candidate { member.timing.election_min } else { RETRY };
+                set_retry(member, now + pause + RANK_STEP * rank(member, &voters));
+                tracing::info!(group = %member.id, candidate, "standing for election");
+                campaign(member, now, true).await;
+            }
+        }
+    }
+}
+
+async fn campaign(member: &Member, now: Instant, pre_vote: bool) {
+    if !pre_vote {
+        if !may_retry(member, now) {
+            return;
+        }
+        set_retry(member, now + member.timing.election_min);
+    }
+    member.metrics.elections.inc();
+    member.replica.elect(pre_vote).await;
+}
+
+fn may_retry(member: &Member, now: Instant) -> bool {
+    let campaign = member.campaign.lock().unwrap_or_else(PoisonError::into_inner);
+    campaign.not_before.is_none_or(|at| now >= at)
+}
+
+fn set_retry(member: &Member, at: Instant) {
+    member.campaign.lock().unwrap_or_else(PoisonError::into_inner).not_before = Some(at);
+}
+
+/// When this replica may stand, given the present silence. With a leader that is known to be gone the order of
+/// preference decides; else the silence may be this node's own, and the moment is drawn by lot.
+fn deadline(host: &HostState, member: &Member, voters: &[NodeId]) -> Instant {
+    let Some(lease_end) = member.lease_of_others(member.node) else {
+        return member.started + RANK_STEP * rank(member, voters);
+    };
+    let heard = member.heard();
+    let ordered = lease_end + LEASE_SLACK + RANK_STEP * rank(member, voters);
+    let leader = member.leader();
+    let is_gone = heard == 0 || leader.is_none_or(|leader| !host.peers.peer(leader).is_up());
+    if is_gone {
+        return ordered;
+    }
+    let mut campaign = member.campaign.lock().unwrap_or_else(PoisonError::into_inner);
+    match campaign.chosen {
+        Some((silence, at)) if silence == heard => at,
+        _ => {
+            let spread = member.timing.lease.saturating_sub(member.timing.election_min);
+            let lot = crc_fast::checksum(
+                crc_fast::CrcAlgorithm::Crc32Iscsi,
+                &[member.node.0.to_le_bytes(), u64::from(member.id.0).to_le_bytes(), heard.to_le_bytes()]
+                    .concat(),
+            );
+            let at = ordered + spread * ((lot & 0xff) as u32) / 256;
+            campaign.chosen = Some((heard, at));
+            at
+        }
+    }
+}
+
+/// Place of this node in the group's order of preference: rotated by the group, so that leaders spread.
+fn rank(member: &Member, voters: &[NodeId]) -> u32 {
+    let mut sorted = voters.to_vec();
+    sorted.sort_unstable();
+    let count = sorted.len().max(1);
+    let at = sorted.iter().position(|voter| *voter == member.node).unwrap_or(0);
+    ((at + count - member.id.0 as usize % count) % count) as u32
+}
+
+fn start_checkpoints(host: &Arc<HostState>, members: &[Arc<Member>], permits: &Arc<tokio::sync::Semaphore>) {
+    let pinning = host.wal.pinning();
+    for member in members {
+        let pins = pinning.contains(&member.id);
+        if !pins && member.log.bytes_since_checkpoint() < host.checkpoint_log_bytes {
+            continue;
+        }
+        let Ok(permit) = permits.clone().try_acquire_owned() else { return };
+        if member.checkpointing.try_lock().is_err() {
+            continue;
+        }
+        let keep = if pins { 0 } else { host.checkpoint_log_bytes / 2 };
+        let member = member.clone();
+        tokio::spawn(async move {
+            if let Err(error) = checkpoint(&member, keep).await {
+                tracing::warn!(group = %member.id, %error, "checkpoint was not made");
+            }
+            drop(permit);
+        });
+    }
+}

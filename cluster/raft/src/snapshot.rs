@@ -1,0 +1,186 @@
+//! Moving a whole state to a replica that the log can no longer reach: items streamed, throttled, resumable.
+//!
+//! Called by `network` ([`send`]) and by `network::receive` ([`Inbound`]). The contents are the user's.
+//! The receiver says which items it still needs, so a transfer that broke goes on where it was. `bounded`: a few items
+//! are on the way at once, and all transfers of a host share one budget of bytes per second.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::error::NetworkError;
+
+use crate::codec::message::{Reply, Request};
+use crate::command::GroupId;
+use crate::member::Member;
+use crate::metrics::Metrics;
+use crate::network::peers::Link;
+use crate::state_machine::SnapshotSink;
+use crate::state_machine::adapter::SnapshotData;
+use crate::types::{RpcError, SnapshotMeta, TypeConfig, Vote};
+
+/// Items of one transfer on the way at once.
+const ITEMS_IN_FLIGHT: usize = 4;
+/// Longest wait for one item or for the list of needed items: the receiver writes to its disk.
+const ITEM_LIMIT: Duration = Duration::from_secs(30);
+/// Longest wait for the end: the receiver syncs everything.
+const FINISH_LIMIT: Duration = Duration::from_secs(120);
+
+/// A budget of bytes per second shared by all transfers of a host.
+pub(crate) struct Throttle {
+    bytes_per_second: u64,
+    free_at: tokio::sync::Mutex<Instant>,
+}
+
+impl Throttle {
+    /// 0 is no limit.
+    pub(crate) fn new(bytes_per_second: u64) -> Throttle {
+        Throttle { bytes_per_second, free_at: tokio::sync::Mutex::new(Instant::now()) }
+    }
+
+    async fn take(&self, bytes: usize) {
+        if self.bytes_per_second == 0 {
+            return;
+        }
+        let cost = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+        let start = {
+            let mut free_at = self.free_at.lock().await;
+            let start = (*free_at).max(Instant::now());
+            *free_at = start + cost;
+            start
+        };
+        tokio::time::sleep_until(start.into()).await;
+    }
+}
+
+fn failed(reason: impl ToString) -> RpcError {
+    RpcError::Network(NetworkError::from_string(reason))
+}
+
+/// Sends `snapshot` and waits until the receiver has installed it. Returns the receiver's vote.
+pub(crate) async fn send(
+    group: GroupId,
+    link: &Link,
+    vote: Vote,
+    snapshot: openraft::alias::SnapshotOf<TypeConfig, SnapshotData>,
+    throttle: &Throttle,
+    metrics: &Metrics,
+) -> Result<Vote, RpcError> {
+    let SnapshotData::Source(mut source) = snapshot.snapshot else {
+        return Err(failed("the checkpoint has no source yet"));
+    };
+    let session = session_number(group);
+    let begin = Request::SnapshotBegin { vote, session, meta: snapshot.meta, manifest: source.manifest() };
+    let needed = match link.call(group, begin, ITEM_LIMIT).await.map_err(failed)? {
+        Reply::Needs(items) => items,
+        Reply::HigherVote(vote) => return Ok(vote),
+        other => return Err(failed(format!("{other:?}"))),
+    };
+    tracing::info!(%group, items = needed.len(), "sending a snapshot");
+    let mut on_the_way = FuturesUnordered::new();
+    for item in needed {
+        while on_the_way.len() >= ITEMS_IN_FLIGHT {
+            written(on_the_way.next().await)?;
+        }
+        let data = source.read(item).await.map_err(failed)?;
+        throttle.take(data.len()).await;
+        metrics.snapshot_items_sent.inc();
+        on_the_way.push(link.call(group, Request::SnapshotItem { session, item, data }, ITEM_LIMIT));
+    }
+    while let Some(reply) = on_the_way.next().await {
+        written(Some(reply))?;
+    }
+    match link.call(group, Request::SnapshotFinish { session }, FINISH_LIMIT).await.map_err(failed)? {
+        Reply::Installed(vote) => Ok(vote),
+        other => Err(failed(format!("{other:?}"))),
+    }
+}
+
+fn written(reply: Option<Result<Reply, String>>) -> Result<(), RpcError> {
+    match reply {
+        None | Some(Ok(Reply::ItemWritten)) => Ok(()),
+        Some(Ok(other)) => Err(failed(format!("{other:?}"))),
+        Some(Err(reason)) => Err(failed(reason)),
+    }
+}
+
+/// Tells transfers to one receiver apart: unlike any other of this process, and unlikely one of another.
+fn session_number(group: GroupId) -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let clock = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_micros() as u64);
+    (clock << 12) ^ (u64::from(group.0) << 1) ^ NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The transfer a replica is receiving, if any. A new one replaces it.
+#[derive(Default)]
+pub(crate) struct Inbound(tokio::sync::Mutex<Option<Transfer>>);
+
+struct Transfer {
+    session: u64,
+    vote: Vote,
+    meta: SnapshotMeta,
+    sink: Box<dyn SnapshotSink>,
+}
+
+impl Inbound {
+    pub(crate) async fn begin(
+        &self,
+        member: &Arc<Member>,
+        vote: Vote,
+        session: u64,
+        meta: SnapshotMeta,
+        manifest: Bytes,
+    ) -> Reply {
+        let known = member.raft.borrow_watched().vote;
+        if known > vote {
+            return Reply::HigherVote(known);
+        }
+        let mut slot = self.0.lock().await;
+        // The old sink goes first: two must not write to one place.
+        *slot = None;
+        let mut sink = match member.replica.sink().await {
+            Ok(Ok(sink)) => sink,
+            Ok(Err(error)) => return Reply::Refused(error.to_string()),
+            Err(reason) => return Reply::Refused(reason),
+        };
+        match sink.begin(manifest).await {
+            Ok(items) => {
+                *slot = Some(Transfer { session, vote, meta, sink });
+                Reply::Needs(items)
+            }
+            Err(error) => Reply::Refused(error.to_string()),
+        }
+    }
+
+    pub(crate) async fn item(&self, session: u64, item: u32, data: Bytes) -> Reply {
+        let mut slot = self.0.lock().await;
+        let Some(transfer) = slot.as_mut().filter(|transfer| transfer.session == session) else {
+            return Reply::Refused("this snapshot transfer was replaced by another".to_owned());
+        };
+        match transfer.sink.write(item, data).await {
+            Ok(()) => Reply::ItemWritten,
+            Err(error) => {
+                *slot = None;
+                Reply::Refused(error.to_string())
+            }
+        }
+    }
+
+    pub(crate) async fn finish(&self, member: &Arc<Member>, session: u64) -> Reply {
+        let taken = {
+            let mut slot = self.0.lock().await;
+            slot.take_if(|transfer| transfer.session == session)
+        };
+        let Some(transfer) = taken else {
+            return Reply::Refused("this snapshot transfer was replaced by another".to_owned());
+        };
+        match member.replica.install(transfer.vote, transfer.meta, transfer.sink).await {
+            Ok(vote) => Reply::Installed(vote),
+            Err(reason) => Reply::Refused(reason),
+        }
+    }
+}

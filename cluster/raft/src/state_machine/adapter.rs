@@ -1,0 +1,238 @@
+//! The user's state machine in openraft's trait: apply's stream becomes batches, answers go to the proposers, a
+//! checkpoint is openraft's snapshot build.
+//!
+//! Called by openraft's state machine task only, so nothing here needs a lock but the last checkpoint's meta.
+//! `log_before_chunk`: a batch is applied only after this replica's own log has it on disk.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures_util::{Stream, TryStreamExt};
+use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot};
+
+use crate::codec;
+use crate::command::{GroupId, LogCommand, LogPosition};
+use crate::log_store::LogStore;
+use crate::metrics::Metrics;
+use crate::state_machine::{Checkpoint, CheckpointJob, SnapshotSink, SnapshotSource, StateMachine};
+use crate::types::{LogId, SnapshotMeta, StoredMembership, TypeConfig, log_id, position};
+
+/// A batch given to `apply` ends at this many bytes (one larger command goes alone) …
+const BATCH_BYTES_MAX: usize = 4 << 20;
+/// … or at this many commands.
+const BATCH_COMMANDS_MAX: usize = 512;
+
+type OpenraftSnapshot = openraft::alias::SnapshotOf<TypeConfig, SnapshotData>;
+
+/// What openraft carries as a snapshot: a handle, never the bytes.
+pub(crate) enum SnapshotData {
+    /// Nothing to move (a checkpoint just built, or asked for at start).
+    Local,
+    /// This replica's checkpoint, to be sent.
+    Source(Box<dyn SnapshotSource>),
+    /// What a leader has sent, to be installed.
+    Sink(Box<dyn SnapshotSink>),
+}
+
+/// The meta of the last durable checkpoint, shared with the builder that replaces it.
+type LastCheckpoint = Arc<Mutex<Option<SnapshotMeta>>>;
+
+pub(crate) struct Adapter<S> {
+    group: GroupId,
+    machine: S,
+    log: LogStore,
+    applied: Option<LogId>,
+    membership: StoredMembership,
+    checkpoint: LastCheckpoint,
+    /// False while openraft starts and only wants to know where the checkpoint is.
+    started: Arc<AtomicBool>,
+    metrics: Arc<Metrics>,
+}
+
+impl<S: StateMachine> Adapter<S> {
+    pub(crate) fn new(
+        group: GroupId,
+        machine: S,
+        log: LogStore,
+        started: Arc<AtomicBool>,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Adapter<S>> {
+        let last = machine.checkpoint();
+        let membership = codec::decode_membership(&last.membership)?;
+        let applied = last.position.as_ref().map(log_id);
+        let meta =
+            applied.map(|_| SnapshotMeta { last_log_id: applied, last_membership: membership.clone() });
+        let checkpoint = Arc::new(Mutex::new(meta));
+        Ok(Adapter { group, machine, log, applied, membership, checkpoint, started, metrics })
+    }
+
+    /// A sink for a snapshot that a leader wants to send.
+    pub(crate) fn sink(&mut self) -> io::Result<Box<dyn SnapshotSink>> {
+        self.machine.snapshot_sink()
+    }
+
+    async fn flush(&mut self, batch: &mut Batch) -> io::Result<()> {
+        let Some((last, _)) = batch.commands.last() else { return Ok(()) };
+        self.log.wait_durable(last.index).await?;
+        let count = batch.commands.len();
+        let answers = self.machine.apply(std::mem::take(&mut batch.commands)).await?;
+        if answers.len() != count {
+            return Err(io::Error::other("apply did not return one answer per command"));
+        }
+        self.metrics.applied.inc_by(count as u64);
+        for (responder, answer) in batch.responders.drain(..).zip(answers) {
+            if let Some(responder) = responder {
+                responder.send(answer);
+            }
+        }
+        batch.bytes = 0;
+        Ok(())
+    }
+
+    async fn apply_all<T>(&mut self, mut entries: T) -> io::Result<()>
+    where
+        T: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut batch = Batch::default();
+        let mut last = self.applied;
+        while let Some((entry, responder)) = entries.try_next().await? {
+            last = Some(entry.log_id);
+            match entry.payload {
+                EntryPayload::Normal(command) => {
+                    if batch.is_full(&command) {
+                        self.flush(&mut batch).await?;
+                    }
+                    batch.push(position(&entry.log_id), command, responder);
+                }
+                EntryPayload::Membership(membership) => {
+                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    answer_empty(responder);
+                }
+                EntryPayload::Blank => answer_empty(responder),
+            }
+        }
+        self.flush(&mut batch).await?;
+        self.applied = last;
+        Ok(())
+    }
+}
+
+fn answer_empty(responder: Option<ApplyResponder<TypeConfig>>) {
+    if let Some(responder) = responder {
+        responder.send(Bytes::new());
+    }
+}
+
+#[derive(Default)]
+struct Batch {
+    commands: Vec<(LogPosition, LogCommand)>,
+    responders: Vec<Option<ApplyResponder<TypeConfig>>>,
+    bytes: usize,
+}
+
+impl Batch {
+    fn is_full(&self, next: &LogCommand) -> bool {
+        self.commands.len() >= BATCH_COMMANDS_MAX
+            || (!self.commands.is_empty() && self.bytes + next.payload.len() > BATCH_BYTES_MAX)
+    }
+
+    fn push(&mut self, at: LogPosition, command: LogCommand, responder: Option<ApplyResponder<TypeConfig>>) {
+        self.bytes += command.meta.len() + command.payload.len();
+        self.commands.push((at, command));
+        self.responders.push(responder);
+    }
+}
+
+impl<S: StateMachine> RaftStateMachine<TypeConfig> for Adapter<S> {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
+        Ok((self.applied, self.membership.clone()))
+    }
+
+    async fn apply<T>(&mut self, entries: T) -> io::Result<()>
+    where
+        T: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let outcome = self.apply_all(entries).await;
+        if let Err(error) = &outcome {
+            tracing::error!(group = %self.group, %error, "apply failed, this replica stops; restart the process to recover it");
+        }
+        outcome
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        let meta = SnapshotMeta { last_log_id: self.applied, last_membership: self.membership.clone() };
+        let job = Mutex::new(Some(self.machine.begin_checkpoint()));
+        let (checkpoint, log) = (self.checkpoint.clone(), self.log.clone());
+        Builder { group: self.group, job, meta, checkpoint, log, metrics: self.metrics.clone() }
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
+        let SnapshotData::Sink(sink) = snapshot else {
+            return Err(io::Error::other("a snapshot without contents can not be installed"));
+        };
+        sink.finish().await?;
+        self.machine.installed(to_checkpoint(meta)).await?;
+        self.applied = meta.last_log_id;
+        self.membership = meta.last_membership.clone();
+        set(&self.checkpoint, meta);
+        tracing::info!(group = %self.group, meta = %meta, "snapshot installed");
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<OpenraftSnapshot>> {
+        let meta = self.checkpoint.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let Some(meta) = meta else { return Ok(None) };
+        let snapshot = if self.started.load(Ordering::Acquire) {
+            SnapshotData::Source(self.machine.snapshot_source()?)
+        } else {
+            SnapshotData::Local
+        };
+        Ok(Some(Snapshot { meta, snapshot }))
+    }
+}
+
+fn to_checkpoint(meta: &SnapshotMeta) -> Checkpoint {
+    Checkpoint {
+        position: meta.last_log_id.as_ref().map(position),
+        membership: codec::encode_membership(&meta.last_membership),
+    }
+}
+
+fn set(checkpoint: &LastCheckpoint, meta: &SnapshotMeta) {
+    *checkpoint.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(meta.clone());
+}
+
+/// A checkpoint under way, as openraft's snapshot build.
+pub(crate) struct Builder {
+    group: GroupId,
+    job: Mutex<Option<Box<dyn CheckpointJob>>>,
+    meta: SnapshotMeta,
+    checkpoint: LastCheckpoint,
+    log: LogStore,
+    metrics: Arc<Metrics>,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Builder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(&mut self) -> io::Result<OpenraftSnapshot> {
+        let job = self.job.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let job = job.ok_or_else(|| io::Error::other("a checkpoint is built once"))?;
+        if let Err(error) = job.run(to_checkpoint(&self.meta)).await {
+            tracing::error!(group = %self.group, %error, "checkpoint failed, this replica stops");
+            return Err(error);
+        }
+        set(&self.checkpoint, &self.meta);
+        if let Some(last) = &self.meta.last_log_id {
+            self.log.checkpointed(last.index);
+        }
+        self.metrics.checkpoints.inc();
+        Ok(Snapshot { meta: self.meta.clone(), snapshot: SnapshotData::Local })
+    }
+}

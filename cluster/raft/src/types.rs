@@ -1,0 +1,86 @@
+//! openraft's type parameters, filled in, and the aliases the crate uses. No other file names openraft's defaults.
+
+use std::fmt;
+
+use openraft::impls::{BoxedErrorSource, EmptyNode, InlineBatch, TokioRuntime, leader_id_adv};
+use openraft::raft::ClientWriteResult;
+use openraft::raft::responder::Responder;
+use openraft::{OptionalSend, RaftTypeConfig, alias};
+use tokio::sync::oneshot;
+
+use crate::command::{Answer, LogCommand, LogPosition};
+
+/// Our openraft. Several leaders per term are allowed (the greater node id wins), which settles split votes without
+/// another round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct TypeConfig;
+
+impl RaftTypeConfig for TypeConfig {
+    type D = LogCommand;
+    type R = Answer;
+    type NodeId = u64;
+    type Node = EmptyNode;
+    type Term = u64;
+    type LeaderId = leader_id_adv::LeaderId<u64, u64>;
+    type Vote = openraft::Vote<Self::LeaderId>;
+    type Payload = openraft::EntryPayload<LogCommand, u64, EmptyNode>;
+    type Entry = openraft::Entry<Self::LeaderId, Self::Payload>;
+    type AsyncRuntime = TokioRuntime;
+    type Responder<T>
+        = Proposer<T>
+    where
+        T: OptionalSend + 'static;
+    type Batch<T>
+        = InlineBatch<T>
+    where
+        T: OptionalSend + 'static;
+    type ErrorSource = BoxedErrorSource;
+}
+
+pub(crate) type LeaderId = leader_id_adv::LeaderId<u64, u64>;
+pub(crate) type LogId = alias::LogIdOf<TypeConfig>;
+pub(crate) type Vote = alias::VoteOf<TypeConfig>;
+pub(crate) type Entry = alias::EntryOf<TypeConfig>;
+pub(crate) type Membership = openraft::Membership<u64, EmptyNode>;
+pub(crate) type StoredMembership = alias::StoredMembershipOf<TypeConfig>;
+pub(crate) type SnapshotMeta = alias::SnapshotMetaOf<TypeConfig>;
+pub(crate) type AppendRequest = openraft::raft::AppendEntriesRequest<TypeConfig>;
+pub(crate) type VoteRequest = openraft::raft::VoteRequest<TypeConfig>;
+pub(crate) type VoteResponse = openraft::raft::VoteResponse<TypeConfig>;
+pub(crate) type TransferRequest = openraft::raft::TransferLeaderRequest<TypeConfig>;
+pub(crate) type RpcError = openraft::errors::RPCError<TypeConfig>;
+pub(crate) type MetricsReceiver = alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>;
+
+/// Hands the outcome of a proposal to whoever waits; a waiter that has gone needs no answer.
+pub(crate) struct Proposer<T>(oneshot::Sender<T>);
+
+/// The outcome of a proposal as openraft reports it.
+pub(crate) type Proposed = ClientWriteResult<TypeConfig>;
+
+/// A proposer and the receiver of its outcome.
+pub(crate) fn proposer() -> (Proposer<Proposed>, oneshot::Receiver<Proposed>) {
+    let (sender, receiver) = oneshot::channel();
+    (Proposer(sender), receiver)
+}
+
+impl<T: OptionalSend + 'static> Responder<TypeConfig, T> for Proposer<T> {
+    fn on_complete(self, result: T) {
+        drop(self.0.send(result));
+    }
+}
+
+/// openraft's log id as ours.
+pub(crate) fn position(id: &LogId) -> LogPosition {
+    LogPosition { term: id.leader_id.term, node: id.leader_id.node_id, index: id.index }
+}
+
+/// Our position as openraft's log id.
+pub(crate) fn log_id(position: &LogPosition) -> LogId {
+    LogId::new(LeaderId { term: position.term, node_id: position.node }, position.index)
+}
+
+impl fmt::Display for LogCommand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "command({}+{} bytes)", self.meta.len(), self.payload.len())
+    }
+}
