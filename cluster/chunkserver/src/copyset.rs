@@ -1,0 +1,260 @@
+//! One copyset's replica: takes chunk requests, proposes changes, reads under a lease.
+//!
+//! Called by the service for every chunk request, and by the heartbeat for reports. Must not know: frames, the metadata
+//! server.
+//! Invariants: `acked_is_durable` (a change is answered after its entry was applied), `fence_before_serve` (a read of a
+//! newer epoch first makes that epoch durable through the log; a write carries it in its own entry), `bounded`.
+
+use crate::command::{Command, decode_answer};
+use crate::state_machine::Shared;
+use crate::store::{Patience, StoreError};
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use spline_raft::{Group, GroupStatus, NodeId, ProposeError};
+use spline_types::{ChunkCommand, ChunkOp, ChunkserverId, Extent, Fault, Invalid, Unavailable};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// Requests that one copyset has in hand; more are refused as overloaded. Two volumes' worth.
+const INFLIGHT_REQUESTS: usize = 2048;
+/// How often a read begins anew because its lease ran out under it, before it is refused.
+const READ_TRIES: usize = 3;
+/// A leader that finds a damaged block hands leadership on at most this often: if it comes back sooner, the others
+/// could not serve the block either.
+const STEP_ASIDE: Duration = Duration::from_secs(30);
+
+/// What all copysets of a server share.
+pub struct ServerState {
+    /// Bytes in hand, in blocks of 4 KiB; `bounded`.
+    pub budget: Semaphore,
+    /// Servers that can not take another chunk, as the metadata server last said.
+    pub full: ArcSwap<HashSet<ChunkserverId>>,
+}
+
+impl ServerState {
+    /// Bytes that all requests in hand may carry.
+    pub const BUDGET_BYTES: usize = 256 << 20;
+    const UNIT: usize = 4096;
+
+    /// Nothing in hand, nobody full.
+    pub fn new() -> Self {
+        Self { budget: Semaphore::new(Self::BUDGET_BYTES / Self::UNIT), full: ArcSwap::default() }
+    }
+
+    fn admit(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Fault> {
+        let units = u32::try_from(bytes.div_ceil(Self::UNIT).max(1)).unwrap_or(u32::MAX);
+        self.budget.try_acquire_many(units).map_err(|_| Fault::Unavailable(Unavailable::Overloaded))
+    }
+}
+
+impl Default for ServerState {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What a request gave.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// A change was carried out.
+    Done,
+    /// The bytes of a read.
+    Data(Bytes),
+    /// The answer of a status.
+    Extents(Vec<Extent>),
+}
+
+/// One replica.
+pub struct Copyset {
+    shared: Arc<Shared>,
+    group: Group,
+    server: Arc<ServerState>,
+    inflight: Semaphore,
+    /// Held while an epoch is logged, so that the reads of a new session do it once.
+    fencing: tokio::sync::Mutex<()>,
+    stepped_aside: Mutex<Option<Instant>>,
+}
+
+impl Copyset {
+    /// A replica over its running group.
+    pub fn new(shared: Arc<Shared>, group: Group, server: Arc<ServerState>) -> Self {
+        let (inflight, fencing) = (Semaphore::new(INFLIGHT_REQUESTS), tokio::sync::Mutex::new(()));
+        Self { shared, group, server, inflight, fencing, stepped_aside: Mutex::default() }
+    }
+
+    /// The raft group.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// The replicated state.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Who leads, if known.
+    pub fn leader(&self) -> Option<ChunkserverId> {
+        self.group.status().leader.and_then(chunkserver_of)
+    }
+
+    /// Carries out one request.
+    ///
+    /// # Errors
+    /// `Invalid`; `Fenced`; `NoSpace`; `Unavailable`; `Corrupt` if the block is damaged here and probably elsewhere;
+    /// `Internal` if the disk failed.
+    pub async fn execute(&self, command: ChunkCommand, payload: Bytes) -> Result<Outcome, Fault> {
+        let expected = if command.op == ChunkOp::Write { command.range.length() as usize } else { 0 };
+        if payload.len() != expected {
+            return Err(Fault::Invalid(Invalid::Flags));
+        }
+        let overloaded = |_| Fault::Unavailable(Unavailable::Overloaded);
+        let _turn = self.inflight.try_acquire().map_err(overloaded)?;
+        let carried = if command.op == ChunkOp::Read { command.range.length() as usize } else { expected };
+        let _bytes = self.server.admit(carried)?;
+        match command.op {
+            ChunkOp::Read | ChunkOp::Status => self.read(command).await,
+            ChunkOp::Write | ChunkOp::WriteZeroes | ChunkOp::Discard => self.change(command, payload).await,
+        }
+    }
+
+    /// Proposes a change of the copyset's own, such as the deletion of a volume.
+    ///
+    /// # Errors
+    /// As [`Copyset::execute`].
+    pub async fn propose(&self, command: Command, payload: Bytes) -> Result<(), Fault> {
+        let answer = self.group.propose(command.encode(payload)).await.map_err(fault_of)?;
+        decode_answer(&answer)
+    }
+
+    async fn change(&self, command: ChunkCommand, payload: Bytes) -> Result<Outcome, Fault> {
+        self.check_epoch(&command)?;
+        if command.op != ChunkOp::Discard && self.lacks_space(&command) {
+            return Err(Fault::NoSpace);
+        }
+        self.propose(Command::Chunk(command), payload).await.map(|()| Outcome::Done)
+    }
+
+    /// Whether the command needs a new chunk and a replica can not make one. Asked before the command is logged: an
+    /// entry once logged must be carried out by every replica.
+    fn lacks_space(&self, command: &ChunkCommand) -> bool {
+        if self.shared.store.has(command.chunk) {
+            return false;
+        }
+        if self.shared.store.disk().pool.full() {
+            return true;
+        }
+        let full = self.server.full.load();
+        if full.is_empty() {
+            return false;
+        }
+        let GroupStatus { voters, learners, .. } = self.group.status();
+        voters.into_iter().chain(learners).filter_map(chunkserver_of).any(|member| full.contains(&member))
+    }
+
+    async fn read(&self, command: ChunkCommand) -> Result<Outcome, Fault> {
+        for _ in 0..READ_TRIES {
+            let lease = self.group.read_lease().await.map_err(fault_of)?;
+            self.check_epoch(&command)?;
+            if self.known_epoch(&command) < command.fence.epoch {
+                self.log_epoch(&command).await?;
+                continue;
+            }
+            let outcome = match self.read_once(&command, Patience::Inline) {
+                Err(StoreError::WouldBlock) => self.read_blocking(command).await,
+                outcome => outcome,
+            };
+            // A process that was stopped in between must not answer with what was true before.
+            if lease.still_held() {
+                return match outcome {
+                    Ok(outcome) => Ok(outcome),
+                    Err(error) => Err(self.read_failed(&command, error).await),
+                };
+            }
+        }
+        Err(Fault::Unavailable(Unavailable::Unreachable))
+    }
+
+    fn read_once(&self, command: &ChunkCommand, patience: Patience) -> Result<Outcome, StoreError> {
+        let ChunkCommand { chunk, range, .. } = *command;
+        let store = &self.shared.store;
+        match command.op {
+            ChunkOp::Status => store.extents(chunk, range, patience).map(Outcome::Extents),
+            _ => store.read(chunk, range, patience).map(|data| Outcome::Data(data.into())),
+        }
+    }
+
+    async fn read_blocking(&self, command: ChunkCommand) -> Result<Outcome, StoreError> {
+        let shared = Arc::clone(&self.shared);
+        let ChunkCommand { chunk, range, op, .. } = command;
+        let work = move || match op {
+            ChunkOp::Status => shared.store.extents(chunk, range, Patience::Blocking).map(Outcome::Extents),
+            _ => shared.store.read(chunk, range, Patience::Blocking).map(|data| Outcome::Data(data.into())),
+        };
+        let joined = tokio::task::spawn_blocking(work).await;
+        joined.unwrap_or_else(|error| Err(StoreError::Io(std::io::Error::other(error))))
+    }
+
+    /// The fault of a failed read. A damaged block is not served from here: another replica is asked to lead, and
+    /// only if leadership was handed on for this reason shortly before is the data given up as damaged.
+    async fn read_failed(&self, command: &ChunkCommand, error: StoreError) -> Fault {
+        if !matches!(error, StoreError::Corrupt { .. }) {
+            tracing::error!(copyset = %self.shared.copyset, chunk = %command.chunk, %error, "could not read a chunk");
+            return Fault::Internal;
+        }
+        let first = {
+            let mut last = self.stepped_aside.lock().expect("no panic under the lock");
+            let first = last.is_none_or(|at| at.elapsed() > STEP_ASIDE);
+            *last = if first { Some(Instant::now()) } else { *last };
+            first
+        };
+        let status = self.group.status();
+        let me = status.leader;
+        let next = status.voters.into_iter().find(|voter| Some(*voter) != me);
+        match next {
+            Some(next) if first && self.group.transfer_leadership(next).await.is_ok() => {
+                tracing::warn!(copyset = %self.shared.copyset, to = %next, "leadership handed on, a block is damaged here");
+                Fault::Unavailable(Unavailable::NotLeader)
+            }
+            _ => Fault::Corrupt,
+        }
+    }
+
+    async fn log_epoch(&self, command: &ChunkCommand) -> Result<(), Fault> {
+        let _alone = self.fencing.lock().await;
+        if self.known_epoch(command) >= command.fence.epoch {
+            return Ok(());
+        }
+        let (volume, epoch) = (command.chunk.volume, command.fence.epoch);
+        self.propose(Command::Fence { volume, epoch }, Bytes::new()).await
+    }
+
+    fn known_epoch(&self, command: &ChunkCommand) -> spline_types::Epoch {
+        self.shared.fence.read().expect("no panic under the lock").epoch(command.chunk.volume)
+    }
+
+    fn check_epoch(&self, command: &ChunkCommand) -> Result<(), Fault> {
+        let fence = self.shared.fence.read().expect("no panic under the lock");
+        fence.check_epoch(command.chunk.volume, command.fence.epoch)
+    }
+}
+
+/// The chunkserver that a raft node is: the numbers are the same.
+pub fn chunkserver_of(node: NodeId) -> Option<ChunkserverId> {
+    u32::try_from(node.0).ok().map(ChunkserverId::new)
+}
+
+/// The raft node that a chunkserver is.
+pub fn node_of(id: ChunkserverId) -> NodeId {
+    NodeId(u64::from(id.get()))
+}
+
+fn fault_of(error: ProposeError) -> Fault {
+    match error {
+        ProposeError::NotLeader { .. } => Fault::Unavailable(Unavailable::NotLeader),
+        ProposeError::LogFull => Fault::NoSpace,
+        // It may still be carried out: the client must treat the attempt as such.
+        ProposeError::Unknown | ProposeError::Stopped => Fault::Unavailable(Unavailable::Unreachable),
+    }
+}
