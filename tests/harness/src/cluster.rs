@@ -62,9 +62,10 @@ impl Cluster {
             ),
         )?;
         let mut chunkservers = Vec::new();
-        for number in 1..=CHUNKSERVERS {
+        let chunkserver_addresses = addresses[1..=CHUNKSERVERS].to_vec();
+        for (at, listen) in chunkserver_addresses.iter().enumerate() {
+            let number = at + 1;
             let name = format!("chunkserver{number}");
-            let listen = addresses[number];
             let text = format!(
                 "data_dir = {:?}\nlisten = \"{listen}\"\nzone = \"z{number}\"\nmds = [\"{mds_address}\"]\nspare_chunks = 2\n",
                 made(root.join(&name))?
@@ -77,7 +78,6 @@ impl Cluster {
             addresses[CHUNKSERVERS + 1],
         );
         let gateway = configured(root, "gateway", "spline-gateway", &text)?;
-        let chunkserver_addresses = addresses[1..=CHUNKSERVERS].to_vec();
         let mut cluster = Self { mds, chunkservers, gateway, mds_address, chunkserver_addresses, dir };
         cluster.mds.start()?;
         cluster.chunkservers.iter_mut().try_for_each(Process::start)?;

@@ -131,7 +131,7 @@ impl Connection {
     ) -> anyhow::Result<(u32, Vec<u8>)> {
         Sender(self.stream.try_clone()?).send(kind, 77, offset, length, data)?;
         let mut receiver = Receiver(self.stream.try_clone()?);
-        let reply = receiver.next()?.context("connection ended")?;
+        let reply = receiver.reply()?.context("connection ended")?;
         ensure!(reply.cookie == 77, "cookie={}", reply.cookie);
         let mut out = vec![0; if kind == Kind::Read && reply.errno == 0 { length as usize } else { 0 }];
         receiver.data(&mut out)?;
@@ -177,7 +177,7 @@ impl Receiver {
     ///
     /// # Errors
     /// If the server breaks the protocol.
-    pub fn next(&mut self) -> anyhow::Result<Option<Reply>> {
+    pub fn reply(&mut self) -> anyhow::Result<Option<Reply>> {
         let mut head = [0; 16];
         match self.0.read_exact(&mut head) {
             Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {

@@ -1,0 +1,221 @@
+//! Random reads and writes of numbered blocks, 32 at a time, on an export whose makers are being killed.
+//!
+//! One thread owns the history and the connection's both halves; the test watches the number of acknowledgements. If
+//! nebd itself dies, the connection ends: what was unanswered is of unknown outcome, and a new connection goes on.
+
+use crate::block;
+use crate::history::History;
+use anyhow::{Context, bail, ensure};
+use rand::RngExt;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use spline_harness::nbd::{Connection, Kind, Receiver, Sender};
+use spline_harness::wait_until;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Requests in flight.
+pub const DEPTH: usize = 32;
+/// Blocks of the workload.
+pub const BLOCKS: usize = 512;
+/// Bytes that the export must have: blocks lie in groups of four, a MiB apart, and so in eight chunks.
+pub const EXPORT_BYTES: u64 = (BLOCKS as u64 / 4) << 20;
+/// Time in which a killed part and its clients must be back. Far above the real time: the machine may be slow.
+pub const RECOVERY_LIMIT: Duration = Duration::from_secs(90);
+
+/// Where a block lies.
+fn offset(number: usize) -> u64 {
+    ((number as u64 / 4) << 20) + (number as u64 % 4) * block::BYTES as u64
+}
+
+/// What the running workload tells.
+#[derive(Debug, Default)]
+struct Told {
+    answered: AtomicU64,
+    reconnected: AtomicU64,
+    stop: AtomicBool,
+    /// Ends of the connection that are not a defect: the test kills nebd.
+    nebd_may_die: AtomicBool,
+}
+
+/// A running workload.
+pub struct Workload {
+    told: Arc<Told>,
+    thread: JoinHandle<anyhow::Result<History>>,
+}
+
+impl Workload {
+    /// Starts on an export; `seed` decides the order of blocks.
+    pub fn start(socket: &Path, export: &str, history: History, seed: u64) -> Self {
+        let told = Arc::new(Told::default());
+        let runner = Runner {
+            socket: socket.to_owned(),
+            export: export.to_owned(),
+            history,
+            random: StdRng::seed_from_u64(seed),
+            slots: vec![None; DEPTH],
+            told: Arc::clone(&told),
+        };
+        Self { thread: std::thread::spawn(move || runner.run()), told }
+    }
+
+    /// Requests answered so far.
+    pub fn answered(&self) -> u64 {
+        self.told.answered.load(Ordering::Acquire)
+    }
+
+    /// Times it has connected anew.
+    pub fn reconnected(&self) -> u64 {
+        self.told.reconnected.load(Ordering::Acquire)
+    }
+
+    /// From now on the end of the connection is no defect.
+    pub fn expect_nebd_to_die(&self) {
+        self.told.nebd_may_die.store(true, Ordering::Release);
+    }
+
+    /// Waits until `count` more requests are answered.
+    ///
+    /// # Errors
+    /// If they are not in time, or the workload has found a defect.
+    pub fn wait_for_progress(&self, count: u64) -> anyhow::Result<()> {
+        let wanted = self.answered() + count;
+        wait_until("requests to be answered", RECOVERY_LIMIT, || {
+            ensure!(
+                !self.thread.is_finished() || self.answered() >= wanted,
+                "workload ended: {}",
+                self.answered()
+            );
+            Ok((self.answered() >= wanted).then_some(()))
+        })
+    }
+
+    /// Stops sending, waits for every answer, reads all blocks and answers the history.
+    ///
+    /// # Errors
+    /// The defect that was found.
+    pub fn finish(self) -> anyhow::Result<History> {
+        self.told.stop.store(true, Ordering::Release);
+        match self.thread.join() {
+            Ok(outcome) => outcome,
+            Err(_) => bail!("workload panicked"),
+        }
+    }
+}
+
+/// Reads every block once and judges it.
+///
+/// # Errors
+/// The first block that shows what it must not.
+pub fn verify(socket: &Path, export: &str, history: &mut History) -> anyhow::Result<()> {
+    let mut connection = Connection::open(socket, export, RECOVERY_LIMIT)?;
+    for number in 0..history.blocks() {
+        let bytes = connection.succeed(Kind::Read, offset(number), block::BYTES as u32, &[])?;
+        let version = block::read(number as u64, &bytes).map_err(anyhow::Error::msg)?;
+        history.read(number, version).map_err(anyhow::Error::msg)?;
+    }
+    connection.close()
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    block: usize,
+    is_read: bool,
+}
+
+struct Runner {
+    socket: PathBuf,
+    export: String,
+    history: History,
+    random: StdRng,
+    /// What is in flight; the cookie is the position.
+    slots: Vec<Option<Request>>,
+    told: Arc<Told>,
+}
+
+impl Runner {
+    fn run(mut self) -> anyhow::Result<History> {
+        while !self.serve_connection()? {
+            self.told.reconnected.fetch_add(1, Ordering::AcqRel);
+        }
+        verify(&self.socket, &self.export, &mut self.history)?;
+        Ok(self.history)
+    }
+
+    /// Runs on one connection; answers whether the work is done, not only the connection.
+    fn serve_connection(&mut self) -> anyhow::Result<bool> {
+        let connection = wait_until("a connection", RECOVERY_LIMIT, || {
+            Connection::open(&self.socket, &self.export, RECOVERY_LIMIT).map(Some)
+        })?;
+        ensure!(connection.size() >= EXPORT_BYTES, "export is too small: bytes={}", connection.size());
+        let (mut sender, mut receiver) = connection.split()?;
+        for slot in 0..DEPTH {
+            if self.issue(&mut sender, slot).is_err() {
+                return self.connection_lost();
+            }
+        }
+        while self.slots.iter().any(Option::is_some) {
+            let Ok(Some(reply)) = receiver.reply() else { return self.connection_lost() };
+            ensure!(reply.errno == 0, "client got an error: errno={} cookie={}", reply.errno, reply.cookie);
+            let slot = usize::try_from(reply.cookie)?;
+            if !self.complete(&mut receiver, slot)? {
+                return self.connection_lost();
+            }
+            if !self.told.stop.load(Ordering::Acquire) && self.issue(&mut sender, slot).is_err() {
+                return self.connection_lost();
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sends a request for a block that has none in flight; two of three are writes.
+    fn issue(&mut self, sender: &mut Sender, slot: usize) -> anyhow::Result<()> {
+        let block = loop {
+            let block = self.random.random_range(0..BLOCKS);
+            if !self.slots.iter().flatten().any(|request| request.block == block) {
+                break block;
+            }
+        };
+        let is_read = self.random.random_range(0..3) == 0;
+        self.slots[slot] = Some(Request { block, is_read });
+        let (kind, data) = match is_read {
+            true => (Kind::Read, Vec::new()),
+            false => (Kind::Write, block::fill(block as u64, self.history.begin_write(block))),
+        };
+        sender.send(kind, slot as u64, offset(block), block::BYTES as u32, &data)
+    }
+
+    /// Takes an answer; false if the connection ended in the middle of it.
+    fn complete(&mut self, receiver: &mut Receiver, slot: usize) -> anyhow::Result<bool> {
+        let request = self.slots.get_mut(slot).context("unknown cookie")?;
+        let request = *request.as_ref().context("answered twice: complete_once")?;
+        if request.is_read {
+            let mut bytes = vec![0; block::BYTES];
+            if receiver.data(&mut bytes).is_err() {
+                return Ok(false);
+            }
+            let version = block::read(request.block as u64, &bytes).map_err(anyhow::Error::msg)?;
+            self.history.read(request.block, version).map_err(anyhow::Error::msg)?;
+        } else {
+            self.history.acknowledged(request.block);
+        }
+        self.slots[slot] = None;
+        self.told.answered.fetch_add(1, Ordering::AcqRel);
+        Ok(true)
+    }
+
+    /// The connection ended: a defect, unless the test kills nebd. Never means that the work is done.
+    fn connection_lost(&mut self) -> anyhow::Result<bool> {
+        ensure!(
+            self.told.nebd_may_die.load(Ordering::Acquire),
+            "connection ended, though nebd was not killed"
+        );
+        for request in self.slots.iter_mut().filter_map(Option::take).filter(|request| !request.is_read) {
+            self.history.lost(request.block);
+        }
+        Ok(false)
+    }
+}
