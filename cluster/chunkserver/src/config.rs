@@ -70,7 +70,9 @@ impl Config {
     /// # Errors
     /// If it is not `address:port`.
     pub fn listen(&self) -> anyhow::Result<SocketAddr> {
-        self.listen.parse().with_context(|| format!("not an address:port: key=listen value={:?}", self.listen))
+        self.listen
+            .parse()
+            .with_context(|| format!("not an address:port: key=listen value={:?}", self.listen))
     }
 
     /// The address that others are told, given the one that is `bound`.
@@ -80,7 +82,9 @@ impl Config {
     pub fn advertise(&self, bound: SocketAddr) -> anyhow::Result<SocketAddr> {
         match self.advertise.as_str() {
             "" => Ok(bound),
-            text => text.parse().with_context(|| format!("not an address:port: key=advertise value={text:?}")),
+            text => {
+                text.parse().with_context(|| format!("not an address:port: key=advertise value={text:?}"))
+            }
         }
     }
 
@@ -93,7 +97,10 @@ impl Config {
             "" => Ok(None),
             text => {
                 let address = text.parse();
-                Ok(Some(address.with_context(|| format!("not an address:port: key=metrics_listen value={text:?}"))?))
+                Ok(Some(
+                    address
+                        .with_context(|| format!("not an address:port: key=metrics_listen value={text:?}"))?,
+                ))
             }
         }
     }

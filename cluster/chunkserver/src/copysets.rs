@@ -126,7 +126,8 @@ impl Copysets {
         let meta = Meta::load(&dir, id)?;
         let store = ChunkStore::open(Arc::clone(&self.disk), id, &dir.join(CHUNKS), &meta.chunks)?;
         let shared = Arc::new(Shared::new(id, dir, store, meta, Arc::clone(&self.metrics)));
-        let group = self.host.start_group(GroupId(id.get()), CopysetMachine::new(Arc::clone(&shared))).await?;
+        let group =
+            self.host.start_group(GroupId(id.get()), CopysetMachine::new(Arc::clone(&shared))).await?;
         // What is in the log now is what may have been applied before the start.
         let until = group.status().last_log.map_or(0, |position| position.index);
         shared.replay_until.store(until, Ordering::Release);

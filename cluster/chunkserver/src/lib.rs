@@ -2,35 +2,109 @@
 //!
 //! Knows: chunk files, copysets, the fence, the wire protocol, the raft adapter's traits, the metadata server's
 //! heartbeat. Must never know: guests, exports, volumes' names, openraft, how the metadata server decides.
+//!
+//! Modules in the order in which a request meets them: [`service`] (the wire listener) → [`copysets`] → [`copyset`]
+//! (early refusal, proposals, leased reads) → [`command`] (as logged) → [`state_machine`] → [`fence`] → [`store`]
+//! (chunk files). Beside the route: [`heartbeat`], [`identity`], [`config`], [`metrics`].
 
 pub mod command;
 pub mod config;
+pub mod copyset;
+pub mod copysets;
 pub mod fence;
+pub mod heartbeat;
+pub mod identity;
 pub mod metrics;
+pub mod service;
 pub mod state_machine;
 pub mod store;
 
 pub use config::Config;
 
+use anyhow::Context;
+use copyset::{ServerState, node_of};
+use copysets::{Copysets, count_chunk_files};
+use heartbeat::Heartbeat;
+use heartbeat::transport::MdsClient;
+use identity::DataDir;
+use metrics::Metrics;
 use prometheus_client::registry::Registry;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use service::Service;
+use spline_raft::wal::WalError;
+use spline_raft::{RaftConfig, RaftError, RaftHost};
 use spline_types::ChunkserverId;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use store::{Disk, Pool};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Pause between two attempts to register a new directory.
+const REGISTER_PAUSE: Duration = Duration::from_millis(500);
+/// How long a shutdown waits for requests that run.
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// A running chunkserver.
 pub struct Chunkserver {
     address: SocketAddr,
     id: ChunkserverId,
+    copysets: Arc<Copysets>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    /// Unlocks the data directory when all else has stopped.
+    _data: DataDir,
 }
 
 impl Chunkserver {
-    /// Starts on `config.data_dir` and returns when it serves.
+    /// Starts on `config.data_dir` and returns when it serves. Replicas found on disk serve at once, whether a metadata
+    /// server answers or not; only a new directory waits for one, to get its id.
     ///
     /// # Errors
-    /// If the directory, the listener or the log can not be opened.
-    pub async fn start(config: Config, _metrics: &mut Registry) -> anyhow::Result<Self> {
-        let listener = tokio::net::TcpListener::bind(config.listen()?).await?;
-        anyhow::ensure!(config.data_dir.is_dir(), "not a directory: path={}", config.data_dir.display());
-        Ok(Self { address: listener.local_addr()?, id: ChunkserverId::new(0) })
+    /// If the directory is in use, of another version or can not be read, or the listener or the log can not be opened.
+    pub async fn start(config: Config, registry: &mut Registry) -> anyhow::Result<Self> {
+        raise_file_limit();
+        let mut data = DataDir::open(&config.data_dir)?;
+        let listen = config.listen()?;
+        let listener =
+            TcpListener::bind(listen).await.with_context(|| format!("could not listen on {listen}"))?;
+        let address = listener.local_addr()?;
+        let advertise = config.advertise(address)?;
+        let mut mds = MdsClient::new(config.mds.clone());
+
+        let (id, host) = open_log(&config, &mut data, advertise, &mut mds, registry).await?;
+        host.set_addresses(heartbeat::load_book(&config.data_dir));
+        let metrics = Arc::new(Metrics::register(registry));
+        let disk = open_disk(&config, &metrics)?;
+        let server = Arc::new(ServerState::new());
+        let dir = config.data_dir.join("copysets");
+        let copysets = Copysets::new(host, disk, Arc::clone(&server), Arc::clone(&metrics), dir);
+        copysets.start_found().await?;
+        let copysets = Arc::new(copysets);
+
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let service = Service {
+            copysets: Arc::clone(&copysets),
+            metrics: Arc::clone(&metrics),
+            stop: stop.clone(),
+            tasks: tasks.clone(),
+        };
+        tasks.spawn(Arc::new(service).run(listener));
+        let heartbeat = Heartbeat {
+            id,
+            address: advertise,
+            data_dir: config.data_dir,
+            copysets: Arc::clone(&copysets),
+            server,
+            metrics,
+            stop: stop.clone(),
+            tasks: tasks.clone(),
+        };
+        tasks.spawn(heartbeat.run(mds));
+        tracing::info!(chunkserver = %id, %address, "chunkserver serves");
+        Ok(Self { address, id, copysets, stop, tasks, _data: data })
     }
 
     /// Where the wire listener is bound.
@@ -45,6 +119,102 @@ impl Chunkserver {
 
     /// Stops serving, steps down and syncs the log.
     pub async fn shutdown(self) {
-        tokio::task::yield_now().await;
+        self.stop.cancel();
+        self.copysets.stop();
+        self.tasks.close();
+        if tokio::time::timeout(DRAIN, self.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tasks.len(), "stopping although requests still run");
+        }
+        self.copysets.host().shutdown().await;
+        self.copysets.disk().pool.stop();
+    }
+}
+
+/// Opens the log under the directory's id. A log that is damaged inside means that promises may be lost: the whole
+/// directory is set aside, and a new one starts under a new id for the peers to fill.
+async fn open_log(
+    config: &Config,
+    data: &mut DataDir,
+    address: SocketAddr,
+    mds: &mut MdsClient,
+    registry: &mut Registry,
+) -> anyhow::Result<(ChunkserverId, RaftHost)> {
+    let id = register(config, data, address, mds).await?;
+    match RaftHost::open(raft_config(config, id)?, registry).await {
+        Ok(host) => return Ok((id, host)),
+        Err(error) if is_corrupt(&error) => {
+            let to = data.quarantine()?;
+            let to = to.display();
+            tracing::error!(%error, %to, "log is damaged inside: data set aside, replicas will be copied from peers");
+        }
+        Err(error) => return Err(error).context("could not open the log"),
+    }
+    let id = register(config, data, address, mds).await?;
+    let host =
+        RaftHost::open(raft_config(config, id)?, registry).await.context("could not open a new log")?;
+    Ok((id, host))
+}
+
+fn is_corrupt(error: &RaftError) -> bool {
+    let RaftError::Io(error) = error else { return false };
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<WalError>());
+    matches!(inner, Some(WalError::Corrupt { .. }))
+}
+
+/// The directory's id; a new directory asks for one until it gets it.
+async fn register(
+    config: &Config,
+    data: &mut DataDir,
+    address: SocketAddr,
+    mds: &mut MdsClient,
+) -> anyhow::Result<ChunkserverId> {
+    if let Some(id) = data.id() {
+        return Ok(id);
+    }
+    let address = address.to_string();
+    let mut told = false;
+    loop {
+        match mds.register(&address, &config.zone, &data.identity.store_uuid).await {
+            Ok((id, cluster)) => {
+                data.registered(id, &cluster)?;
+                tracing::info!(chunkserver = %id, cluster, "registered with the metadata server");
+                return Ok(id);
+            }
+            Err(error) if !told => {
+                told = true;
+                tracing::warn!(error, mds = ?config.mds, "new data directory waits for a metadata server");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(REGISTER_PAUSE).await;
+    }
+}
+
+fn raft_config(config: &Config, id: ChunkserverId) -> anyhow::Result<RaftConfig> {
+    let dir = config.data_dir.join("raft");
+    std::fs::create_dir_all(&dir).with_context(|| format!("could not create path={}", dir.display()))?;
+    Ok(RaftConfig {
+        heartbeat: config.raft_heartbeat(),
+        election_min: Duration::from_millis(config.election_min_ms),
+        election_max: Duration::from_millis(config.election_max_ms),
+        checkpoint_log_bytes: config.checkpoint_log()?,
+        snapshot_bytes_per_second: config.snapshot_rate()?,
+        ..RaftConfig::new(dir, node_of(id))
+    })
+}
+
+fn open_disk(config: &Config, metrics: &Metrics) -> anyhow::Result<Arc<Disk>> {
+    let used = count_chunk_files(&config.data_dir.join("copysets"))?;
+    let dir = config.data_dir.join("pool");
+    let pool = Pool::open(&dir, config.spare_chunks as usize, config.capacity()?, used);
+    let pool = pool.with_context(|| format!("could not open the pool: path={}", dir.display()))?;
+    Ok(Disk::new(pool, config.open_chunks as usize, metrics.checksum_errors.clone()))
+}
+
+/// Each open chunk is a file: lets the process have as many as it may.
+fn raise_file_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum && setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_err() {
+        tracing::warn!(?current, ?maximum, "could not raise the limit of open files");
     }
 }

@@ -89,7 +89,11 @@ impl Metrics {
         let m = &metrics;
         registry.register("requests", "chunk requests by operation and outcome", m.requests.clone());
         registry.register("request_seconds", "time to answer chunk requests", m.request_seconds.clone());
-        registry.register("request_bytes", "bytes of data in chunk requests and answers", m.request_bytes.clone());
+        registry.register(
+            "request_bytes",
+            "bytes of data in chunk requests and answers",
+            m.request_bytes.clone(),
+        );
         registry.register("apply_seconds", "time to apply a batch of log entries", m.apply_seconds.clone());
         registry.register("checkpoint_seconds", "time of copyset checkpoints", m.checkpoint_seconds.clone());
         registry.register("checksum_errors", "damaged blocks found", m.checksum_errors.clone());

@@ -53,7 +53,13 @@ pub struct Shared {
 
 impl Shared {
     /// The state over `store`, as the checkpoint `durable` says.
-    pub fn new(copyset: CopysetId, dir: PathBuf, store: ChunkStore, durable: Meta, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        copyset: CopysetId,
+        dir: PathBuf,
+        store: ChunkStore,
+        durable: Meta,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let fence = RwLock::new(durable.fence.clone());
         let (replay_until, stop) = (AtomicU64::new(u64::MAX), CancellationToken::new());
         Self { copyset, dir, store, fence, replay_until, stop, metrics, durable: Mutex::new(durable) }
@@ -80,7 +86,9 @@ impl Shared {
             ChunkOp::Write => self.store.write(chunk, range, payload, merge, patience),
             ChunkOp::WriteZeroes => self.store.write_zeroes(chunk, range, merge, patience),
             // Punching holes waits for writeback of the range in some filesystems.
-            ChunkOp::Discard if patience == Patience::Inline && self.store.has(chunk) => Err(StoreError::WouldBlock),
+            ChunkOp::Discard if patience == Patience::Inline && self.store.has(chunk) => {
+                Err(StoreError::WouldBlock)
+            }
             ChunkOp::Discard => self.store.discard(chunk, range, merge, patience),
             ChunkOp::Read | ChunkOp::Status => Ok(()),
         }
@@ -101,11 +109,15 @@ impl CopysetMachine {
 
     async fn apply_one(&self, position: LogPosition, logged: LogCommand) -> io::Result<Result<(), Fault>> {
         let command = Command::decode(&logged.meta).map_err(|why| {
-            io::Error::new(io::ErrorKind::InvalidData, format!("log entry is not a command: {why} position={position}"))
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("log entry is not a command: {why} position={position}"),
+            )
         })?;
         match command {
             Command::Chunk(command) => {
-                let fit = command.op != ChunkOp::Write || logged.payload.len() == command.range.length() as usize;
+                let fit =
+                    command.op != ChunkOp::Write || logged.payload.len() == command.range.length() as usize;
                 if !fit || !command.op.modifies() {
                     return Ok(Err(Fault::Invalid(Invalid::Flags)));
                 }
@@ -124,7 +136,12 @@ impl CopysetMachine {
         }
     }
 
-    async fn apply_chunk(&self, position: LogPosition, command: ChunkCommand, payload: Bytes) -> io::Result<()> {
+    async fn apply_chunk(
+        &self,
+        position: LogPosition,
+        command: ChunkCommand,
+        payload: Bytes,
+    ) -> io::Result<()> {
         let replaying = position.index <= self.shared.replay_until.load(Ordering::Acquire);
         let merge = if replaying { Merge::Replaying } else { Merge::Verified };
         let mut done = match payload.len() <= INLINE_BYTES {
@@ -151,7 +168,8 @@ impl CopysetMachine {
                 Err(error @ StoreError::Corrupt { .. }) => return Err(io::Error::other(error)),
             }
             let (shared, payload) = (Arc::clone(&self.shared), payload.clone());
-            done = blocking(move || Ok(shared.carry_out(&command, &payload, merge, Patience::Blocking))).await?;
+            done =
+                blocking(move || Ok(shared.carry_out(&command, &payload, merge, Patience::Blocking))).await?;
         }
     }
 
@@ -194,7 +212,9 @@ impl StateMachine for CopysetMachine {
         let staged = staged.ok_or_else(|| io::Error::other("no snapshot was received to the end"))?;
         if staged.position != checkpoint.position {
             let (fence, log) = (staged.position, checkpoint.position);
-            return Err(io::Error::other(format!("snapshot's fence is not of its position: {fence:?} {log:?}")));
+            return Err(io::Error::other(format!(
+                "snapshot's fence is not of its position: {fence:?} {log:?}"
+            )));
         }
         let shared = Arc::clone(&self.shared);
         blocking(move || {
@@ -248,6 +268,3 @@ impl CheckpointJob for Job {
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
-
-#[cfg(test)]
-mod tests;

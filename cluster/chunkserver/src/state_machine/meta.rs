@@ -77,7 +77,9 @@ impl Meta {
         body.advance(8);
         let version = body.try_get_u32_le().map_err(|_| "too short")?;
         if !VERSIONS.contains(&version) {
-            return Err(format!("unknown version, upgrade this chunkserver: version={version} known={VERSIONS:?}"));
+            return Err(format!(
+                "unknown version, upgrade this chunkserver: version={version} known={VERSIONS:?}"
+            ));
         }
         if crc32c(&bytes[..bytes.len() - 4]) != u32::from_le_bytes(*crc) {
             return Err("checksum does not match".into());
@@ -159,7 +161,10 @@ pub fn put_fence(out: &mut Vec<u8>, fence: &FenceTable) {
 pub fn take_fence(body: &mut &[u8]) -> Result<FenceTable, String> {
     let marks = (0..take_count(body, 24)?)
         .map(|_| {
-            let mark = |body: &mut &[u8]| Mark { epoch: Epoch::new(body.get_u64_le()), floor: Seq::new(body.get_u64_le()) };
+            let mark = |body: &mut &[u8]| Mark {
+                epoch: Epoch::new(body.get_u64_le()),
+                floor: Seq::new(body.get_u64_le()),
+            };
             (VolumeId::new(body.get_u64_le()), mark(body))
         })
         .collect();

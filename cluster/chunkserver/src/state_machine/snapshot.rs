@@ -89,7 +89,9 @@ impl Manifest {
         let short = |_| "too short".to_owned();
         let version = body.try_get_u32_le().map_err(short)?;
         if !VERSIONS.contains(&version) {
-            return Err(format!("unknown version, upgrade this chunkserver: version={version} known={VERSIONS:?}"));
+            return Err(format!(
+                "unknown version, upgrade this chunkserver: version={version} known={VERSIONS:?}"
+            ));
         }
         if crc32c(&bytes[..bytes.len() - 4]) != u32::from_le_bytes(*crc) {
             return Err("checksum does not match".into());
@@ -137,9 +139,10 @@ fn decode_item(mut item: &[u8], piece: u32) -> Result<Vec<(u32, u32, &[u8])>, St
     data.chunks_exact(CHUNK_BLOCK_BYTES as usize)
         .map(|bytes| {
             let (block, sum) = (heads.get_u32_le(), heads.get_u32_le());
-            blocks.contains(&block).then_some((block, sum, bytes)).ok_or_else(|| {
-                format!("block is not of this piece: block={block} piece={piece}")
-            })
+            blocks
+                .contains(&block)
+                .then_some((block, sum, bytes))
+                .ok_or_else(|| format!("block is not of this piece: block={block} piece={piece}"))
         })
         .collect()
 }
@@ -213,7 +216,9 @@ impl Staged {
         for (id, digest) in &self.same {
             let chunk = shared.store.get(*id, Patience::Blocking).map_err(to_io)?;
             if chunk.is_none_or(|chunk| chunk.summary(PIECE_BLOCKS).1 != *digest) {
-                return Err(io::Error::other(format!("chunk changed while a snapshot arrived, restart: chunk={id}")));
+                return Err(io::Error::other(format!(
+                    "chunk changed while a snapshot arrived, restart: chunk={id}"
+                )));
             }
         }
         let keep: BTreeSet<_> = self.same.iter().map(|(id, _)| *id).collect();
@@ -323,7 +328,8 @@ impl Gathering {
         let id = entry.ok_or_else(|| invalid(format!("no such snapshot item: item={item}")))?.id;
         // An item that comes twice is harmless.
         let Some((chunk, missing)) = self.partial.get_mut(&id) else { return Ok(()) };
-        let blocks = decode_item(data, piece).map_err(|why| invalid(format!("snapshot item: {why} item={item}")))?;
+        let blocks =
+            decode_item(data, piece).map_err(|why| invalid(format!("snapshot item: {why} item={item}")))?;
         chunk.import(&blocks).map_err(to_io)?;
         *missing &= !(1 << piece);
         if *missing == 0 {
@@ -358,6 +364,3 @@ fn to_io(error: StoreError) -> io::Error {
 fn invalid(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
-
-#[cfg(test)]
-mod tests;

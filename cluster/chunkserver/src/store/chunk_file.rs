@@ -84,8 +84,12 @@ impl Chunk {
         let mut bad = None;
         for (number, slot) in (0u64..).zip(slots.chunks_exact(SLOT_BYTES as usize)) {
             match Header::decode(slot) {
-                Slot::Valid(header) if header.id != id => bad = Some(format!("header of chunk={}", header.id)),
-                Slot::Valid(header) if best.as_ref().is_none_or(|(_, b)| b.generation < header.generation) => {
+                Slot::Valid(header) if header.id != id => {
+                    bad = Some(format!("header of chunk={}", header.id))
+                }
+                Slot::Valid(header)
+                    if best.as_ref().is_none_or(|(_, b)| b.generation < header.generation) =>
+                {
                     best = Some((number, header));
                 }
                 Slot::Valid(_) | Slot::Blank => {}
@@ -163,7 +167,8 @@ impl Chunk {
             if !allocated {
                 continue;
             }
-            let part = &mut data[(from - blocks.start) as usize * BLOCK..(to - blocks.start) as usize * BLOCK];
+            let part =
+                &mut data[(from - blocks.start) as usize * BLOCK..(to - blocks.start) as usize * BLOCK];
             match self.pread(part, from, patience) {
                 // The disk can not give these bytes: the same to the caller as bytes that are wrong.
                 Err(StoreError::Io(error)) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => {

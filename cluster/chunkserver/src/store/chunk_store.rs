@@ -5,7 +5,7 @@
 
 use super::chunk_file::{Chunk, Damaged, Merge};
 use super::{Disk, Patience, StoreError};
-use spline_types::limits::{CHUNK_BYTES, CHUNK_BLOCK_BYTES};
+use spline_types::limits::{CHUNK_BLOCK_BYTES, CHUNK_BYTES};
 use spline_types::{ChunkId, ChunkIndex, ChunkRange, CopysetId, Extent, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
@@ -117,7 +117,12 @@ impl ChunkStore {
     ///
     /// # Errors
     /// As [`Chunk::open`].
-    pub fn extents(&self, id: ChunkId, range: ChunkRange, patience: Patience) -> Result<Vec<Extent>, StoreError> {
+    pub fn extents(
+        &self,
+        id: ChunkId,
+        range: ChunkRange,
+        patience: Patience,
+    ) -> Result<Vec<Extent>, StoreError> {
         Ok(match self.get(id, patience)? {
             Some(chunk) => chunk.extents(range),
             None => vec![Extent { length: u64::from(range.length()), hole: true, zero: true }],

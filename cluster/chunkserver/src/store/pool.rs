@@ -242,7 +242,9 @@ impl Pool {
                 let mut state = self.lock();
                 state.files = state.files.saturating_sub(1);
             }
-            Err(error) => tracing::warn!(%error, path = %path.display(), "could not remove a freed chunk file"),
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "could not remove a freed chunk file")
+            }
         }
     }
 }

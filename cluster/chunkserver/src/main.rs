@@ -1,0 +1,77 @@
+//! `spline-chunkserver`: a chunkserver as a process. A thin shell around [`spline_chunkserver::Chunkserver`].
+
+use clap::Parser;
+use prometheus_client::registry::Registry;
+use spline_chunkserver::{Chunkserver, Config};
+use spline_process::{CommonFlags, metrics, signals};
+use std::path::PathBuf;
+
+/// Chunkserver of a Spline cluster: one per disk
+#[derive(Parser)]
+#[command(name = "spline-chunkserver", version, after_help = EXAMPLE)]
+struct Flags {
+    #[command(flatten)]
+    common: CommonFlags,
+    /// Keep chunks and log here
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Serve gateways and peers here
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// Tell others this address instead
+    #[arg(long, value_name = "ADDRESS")]
+    advertise: Option<String>,
+    /// Failure domain of this server
+    #[arg(long, value_name = "NAME")]
+    zone: Option<String>,
+    /// Metadata server; may be given several times
+    #[arg(long, value_name = "ADDRESS")]
+    mds: Vec<String>,
+    /// Bytes that chunks may take, such as 2T
+    #[arg(long, value_name = "SIZE")]
+    capacity: Option<String>,
+    /// Serve metrics over HTTP here
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_listen: Option<String>,
+}
+
+const EXAMPLE: &str = "Example:\n  spline-chunkserver --data-dir /data/disk0 --listen 10.0.0.1:6800 --zone rack1 --mds 10.0.0.1:6700";
+
+impl Flags {
+    fn apply_to(&self, config: &mut Config) {
+        let set = |to: &mut String, from: &Option<String>| {
+            if let Some(from) = from {
+                to.clone_from(from);
+            }
+        };
+        if let Some(dir) = &self.data_dir {
+            config.data_dir.clone_from(dir);
+        }
+        set(&mut config.listen, &self.listen);
+        set(&mut config.advertise, &self.advertise);
+        set(&mut config.zone, &self.zone);
+        set(&mut config.capacity, &self.capacity);
+        set(&mut config.metrics_listen, &self.metrics_listen);
+        if !self.mds.is_empty() {
+            config.mds.clone_from(&self.mds);
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let flags = Flags::parse();
+    let Some(config) = flags.common.start::<Config>("chunkserver", |config| flags.apply_to(config))? else {
+        return Ok(());
+    };
+    let stop = signals::Stop::install()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut registry = Registry::default();
+    let metrics_listen = config.metrics_listen()?;
+    let chunkserver = runtime.block_on(Chunkserver::start(config, &mut registry))?;
+    let _metrics = metrics_listen.map(|listen| metrics::serve(listen, registry)).transpose()?;
+    let _announced = flags.common.announce(&format!("chunks on {}", chunkserver.wire_address()))?;
+    stop.wait();
+    tracing::info!("stopping");
+    runtime.block_on(chunkserver.shutdown());
+    Ok(())
+}
