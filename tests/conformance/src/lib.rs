@@ -1,1 +1,63 @@
-//! Placeholder.
+//! What NBD clients that nobody here wrote see: nbdinfo, nbdcopy, qemu-img, qemu-io, fio, the `nbd` crate.
+//!
+//! One file per behaviour under `tests/`; here is what several of them need. Must never know: how Spline works.
+
+use anyhow::{Context, ensure};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+/// Bytes of a MiB.
+pub const MIB: u64 = 1 << 20;
+
+/// Bytes that differ from place to place and from seed to seed.
+pub fn pattern(seed: u64, offset: u64, bytes: usize) -> Vec<u8> {
+    let word = |at: u64| {
+        let z = (seed ^ at).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (z ^ (z >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9).to_le_bytes()
+    };
+    let mut out: Vec<u8> = (0..bytes.div_ceil(8) as u64).flat_map(|at| word(offset + at * 8)).collect();
+    out.truncate(bytes);
+    out
+}
+
+/// Makes a sparse image: `parts` (offset, bytes) hold data, all else is holes. Answers the bytes of data.
+///
+/// # Errors
+/// Those of the file system.
+pub fn sparse_image(path: &Path, bytes: u64, parts: &[(u64, usize)]) -> anyhow::Result<u64> {
+    let file = File::create(path)?;
+    file.set_len(bytes)?;
+    for (offset, length) in parts {
+        file.write_all_at(&pattern(7, *offset, *length), *offset)?;
+    }
+    Ok(parts.iter().map(|(_, length)| *length as u64).sum())
+}
+
+/// Whether two files hold the same bytes.
+///
+/// # Errors
+/// Where they differ, or those of the file system.
+pub fn same_content(a: &Path, b: &Path) -> anyhow::Result<()> {
+    let (a, b) = (File::open(a)?, File::open(b)?);
+    let bytes = a.metadata()?.len();
+    ensure!(bytes == b.metadata()?.len(), "sizes differ: {bytes} {}", b.metadata()?.len());
+    let (mut left, mut right) = (vec![0; MIB as usize], vec![0; MIB as usize]);
+    let mut at = 0;
+    while at < bytes {
+        let length = (bytes - at).min(MIB) as usize;
+        a.read_exact_at(&mut left[..length], at)?;
+        b.read_exact_at(&mut right[..length], at)?;
+        ensure!(left[..length] == right[..length], "contents differ: within the MiB at offset={at}");
+        at += length as u64;
+    }
+    Ok(())
+}
+
+/// Bytes that a file takes on the disk.
+///
+/// # Errors
+/// Those of the file system.
+pub fn allocated(path: &Path) -> anyhow::Result<u64> {
+    Ok(std::fs::metadata(path).with_context(|| path.display().to_string())?.blocks() * 512)
+}
