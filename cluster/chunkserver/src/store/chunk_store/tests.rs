@@ -104,7 +104,7 @@ proptest! {
                 }
                 Op::Crash(persisted) => {
                     if *persisted {
-                        store.unsynced().chunks.iter().for_each(|chunk| drop(chunk.persist().expect("writes")));
+                        store.unsynced().chunks.iter().for_each(|chunk| assert!(chunk.persist().expect("writes").is_some()));
                     }
                     store = bench.store(&recorded);
                     since.iter().for_each(|op| apply(&store, op, Merge::Replaying));
