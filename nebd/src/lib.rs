@@ -1,1 +1,169 @@
-//! Placeholder.
+//! nebd: the guest's process. Serves one volume as an NBD export, stands between a guest that must not notice anything
+//! and a gateway that may be upgraded or die at any moment.
+//!
+//! Knows: NBD, the link, the in-flight table, replay.
+//! Must never know: the cluster, its clients and servers, gRPC, raft, tokio. It is rarely released and an upgrade never
+//! restarts it, so it stays small: one event-loop thread, a handful of descriptors, under 8 MiB resident.
+//!
+//! Modules in the order in which a request meets them: [`config`] (once) → [`event_loop`] over [`poller`] →
+//! [`nbd`] ([`nbd::listener`], [`nbd::connection`], [`nbd::handshake`], [`nbd::transmission`]) reading by [`receive`]
+//! → [`export`] → [`volume`] → [`inflight`] → [`link`] → the gateway, and back through [`nbd::reply`] and
+//! [`send_queue`]. [`metrics`], [`memory`] and [`status_file`] stand beside.
+
+pub mod config;
+pub mod event_loop;
+pub mod export;
+pub mod inflight;
+pub mod link;
+pub mod memory;
+pub mod metrics;
+pub mod nbd;
+pub mod poller;
+pub mod receive;
+pub mod send_queue;
+pub mod status_file;
+pub mod volume;
+
+pub use config::Config;
+
+use crate::event_loop::{EventLoop, Serving};
+use crate::export::Export;
+use crate::inflight::{Inflight, Limits};
+use crate::link::Link;
+use crate::metrics::Metrics;
+use crate::volume::Volume;
+use anyhow::{Context, anyhow};
+use prometheus_client::registry::Registry;
+use rustix::event::EventfdFlags;
+use spline_link::{Hello, InstanceId, Mode, VersionRange, VolumeTraits};
+use spline_types::limits::{VOLUME_INFLIGHT_BYTES, VOLUME_INFLIGHT_REQUESTS};
+use spline_types::{BlockSize, Geometry};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// A running nebd. Dropping it stops it.
+#[derive(Debug)]
+pub struct Nebd {
+    stop: Stopper,
+    thread: Option<JoinHandle<anyhow::Result<()>>>,
+    serving: Receiver<Serving>,
+}
+
+/// Tells a nebd to stop, from any thread.
+#[derive(Debug)]
+pub struct Stopper(OwnedFd);
+
+impl Stopper {
+    /// Open requests are given a moment; then the link says goodbye and the thread ends. Does not wait for that.
+    pub fn stop(&self) {
+        if let Err(error) = rustix::io::write(&self.0, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "event loop can not be told to stop");
+        }
+    }
+}
+
+impl Nebd {
+    /// Starts the event loop and returns at once; clients may come after [`wait_ready`](Self::wait_ready).
+    ///
+    /// # Errors
+    /// If the config is wrong, or there are no descriptors or threads left.
+    pub fn spawn(config: Config, registry: &mut Registry) -> anyhow::Result<Self> {
+        let checked = config.check()?;
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let (tell, serving) = channel();
+        let hello = Hello {
+            versions: VersionRange::OURS,
+            features: 0,
+            mode: Mode::Open,
+            read_only: config.read_only,
+            // A fresh hasher is keyed at random; that is all an instance id needs.
+            instance: InstanceId(RandomState::new().build_hasher().finish()),
+            volume: checked.volume.clone(),
+        };
+        let export = Export {
+            name: checked.export.clone(),
+            description: config.description.clone(),
+            // Known from the first welcome on; nobody is served before.
+            geometry: Geometry { size: 0, block_size: BlockSize::B4096 },
+            traits: VolumeTraits::default(),
+            read_only: config.read_only,
+        };
+        let metrics = Metrics::new(registry);
+        let their_stop = stop.try_clone()?;
+        let thread = std::thread::Builder::new().name("nebd".into()).spawn(move || {
+            let now = Instant::now();
+            let limits = Limits { requests: VOLUME_INFLIGHT_REQUESTS, bytes: VOLUME_INFLIGHT_BYTES };
+            let link = Link::new(config.gateway_socket.clone(), hello, now);
+            let volume = Volume { export, inflight: Inflight::new(limits), lost: false, metrics, now };
+            EventLoop::new((config, checked), (link, volume), their_stop, tell)?.run()
+        })?;
+        Ok(Self { stop: Stopper(stop), thread: Some(thread), serving })
+    }
+
+    /// Waits until the gateway has accepted the volume and clients may come; answers their NBD URIs.
+    ///
+    /// # Errors
+    /// If the gateway refuses the volume, or nebd was stopped before.
+    pub fn wait_ready(&mut self) -> anyhow::Result<Vec<String>> {
+        match self.serving.recv() {
+            Ok(serving) => Ok(serving.uris),
+            Err(_) => {
+                self.join()?;
+                Err(anyhow!("stopped before the gateway accepted the volume"))
+            }
+        }
+    }
+
+    /// [`spawn`](Self::spawn) and [`wait_ready`](Self::wait_ready).
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn start(config: Config, registry: &mut Registry) -> anyhow::Result<(Self, Vec<String>)> {
+        let mut nebd = Self::spawn(config, registry)?;
+        let uris = nebd.wait_ready()?;
+        Ok((nebd, uris))
+    }
+
+    /// Something to stop it with from another thread.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub fn stopper(&self) -> anyhow::Result<Stopper> {
+        Ok(Stopper(self.stop.0.try_clone().context("duplicate the stop descriptor")?))
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// Why it ended, unless it was stopped.
+    pub fn join(&mut self) -> anyhow::Result<()> {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(anyhow!("event loop panicked")),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops it and waits for that.
+    ///
+    /// # Errors
+    /// Those of [`join`](Self::join).
+    pub fn shutdown(mut self) -> anyhow::Result<()> {
+        self.stop.stop();
+        self.join()
+    }
+}
+
+impl Drop for Nebd {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.stop.stop();
+            if let Err(error) = self.join() {
+                tracing::error!(%error, "nebd ended badly");
+            }
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! The event loop: one thread that owns all clients, the link and the volume.
+//!
+//! Started by `lib.rs`. Each turn takes what is ready, then sends what has come of it in as few calls as possible.
+//! Must not know: NBD's or the link's bytes.
+
+use crate::config::{Checked, Config};
+use crate::link::{Link, LinkDown, Next};
+use crate::memory;
+use crate::nbd::connection::{Connection, ConnectionId, Cut};
+use crate::nbd::listener::Listener;
+use crate::poller::Poller;
+use crate::receive::SCRATCH_BYTES;
+use crate::status_file::{Status, StatusFile};
+use crate::volume::{Answer, Origin, Volume};
+use anyhow::Context;
+use rustix::event::epoll::EventFlags;
+use spline_types::{Fault, Unavailable};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+const STOP: u64 = 0;
+const LINK: u64 = 1;
+const LISTENERS: u64 = 2;
+/// Connections are numbered from here up; below are the other tokens.
+const CONNECTIONS: u64 = 16;
+/// Clients taken from a listener before others get their turn.
+const ACCEPTS_PER_TURN: usize = 16;
+/// Pause of accepting after it failed: descriptors do not come back at once.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+/// Longest wait for open requests at a clean stop.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// Quiet time after which memory is given back.
+const IDLE_AFTER: Duration = Duration::from_secs(1);
+
+/// Where clients connect, once the volume is served.
+#[derive(Clone, Debug)]
+pub struct Serving {
+    /// NBD URIs.
+    pub uris: Vec<String>,
+}
+
+/// Everything that the thread owns.
+pub struct EventLoop {
+    config: Config,
+    checked: Checked,
+    poller: Poller,
+    stop: OwnedFd,
+    listeners: Vec<Listener>,
+    accept_paused: Option<Instant>,
+    connections: BTreeMap<ConnectionId, Connection>,
+    next_connection: u64,
+    link: Link,
+    volume: Volume,
+    scratch: Vec<u8>,
+    serving: Sender<Serving>,
+    status_file: Option<StatusFile>,
+    stopping: Option<Instant>,
+    /// When memory is given back; `None` if that is done.
+    idle_at: Option<Instant>,
+    turn: usize,
+}
+
+impl EventLoop {
+    /// Puts the parts together; `stop` becomes readable when the loop is to end, `serving` is told when clients may
+    /// come.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub fn new(
+        (config, checked): (Config, Checked),
+        (link, volume): (Link, Volume),
+        stop: OwnedFd,
+        serving: Sender<Serving>,
+    ) -> anyhow::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add(stop.as_fd(), STOP, EventFlags::IN)?;
+        Ok(Self {
+            config,
+            checked,
+            poller,
+            stop,
+            listeners: Vec::new(),
+            accept_paused: None,
+            connections: BTreeMap::new(),
+            next_connection: CONNECTIONS,
+            link,
+            volume,
+            scratch: vec![0; SCRATCH_BYTES],
+            serving,
+            status_file: None,
+            stopping: None,
+            idle_at: None,
+            turn: 0,
+        })
+    }
+
+    /// Runs until it is told to stop.
+    ///
+    /// # Errors
+    /// If the volume is refused, clients can not be listened for, or epoll fails.
+    pub fn run(mut self) -> anyhow::Result<()> {
+        let mut ready = Vec::new();
+        while !self.is_done() {
+            let timeout = self.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            self.poller.wait(&mut ready, timeout).context("wait for events")?;
+            self.volume.now = Instant::now();
+            self.turn = self.turn.wrapping_add(1);
+            if ready.is_empty() {
+                self.rest();
+            } else {
+                self.idle_at = Some(self.volume.now + IDLE_AFTER);
+            }
+            for (token, flags) in &ready {
+                match *token {
+                    STOP => self.begin_stop()?,
+                    LINK => self.link_ready()?,
+                    listener if listener < CONNECTIONS => self.accept((listener - LISTENERS) as usize),
+                    connection => self.client_ready(ConnectionId(connection), *flags),
+                }
+            }
+            self.deadlines()?;
+            self.settle()?;
+        }
+        self.link.detach();
+        Ok(())
+    }
+
+    fn is_done(&self) -> bool {
+        self.stopping.is_some_and(|limit| {
+            let idle = self.volume.inflight.is_empty() && self.connections.is_empty();
+            idle || !self.link.is_up() || self.volume.now >= limit
+        })
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let patience = self.link.patience().and_then(|(down_since, limit)| {
+            self.volume.inflight.oldest().map(|started| started.max(down_since) + limit)
+        });
+        let handshakes = self.connections.values().filter_map(Connection::deadline).min();
+        [self.link.deadline(), patience, handshakes, self.accept_paused, self.stopping, self.idle_at]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    fn begin_stop(&mut self) -> anyhow::Result<()> {
+        if self.stopping.is_none() {
+            tracing::info!(waiting = self.volume.inflight.len(), "stopping");
+            self.stopping = Some(self.volume.now + STOP_LIMIT);
+            self.listeners.clear();
+            self.connections.values_mut().for_each(Connection::end);
+            // Level-triggered: without this every wait would end at once.
+            self.poller.modify(self.stop.as_fd(), STOP, EventFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    fn link_ready(&mut self) -> anyhow::Result<()> {
+        let Self { link, volume, connections, scratch, .. } = self;
+        let received = link.receive(volume, scratch, |_, origin: Origin, result| {
+            if let Some(connection) = connections.get_mut(&origin.connection) {
+                connection.answer(&origin.ticket, result);
+            }
+        });
+        match received {
+            Ok(true) if self.status_file.is_none() && self.stopping.is_none() => self.open_doors(),
+            Ok(_) => Ok(()),
+            Err(why) => self.link_failed(&why),
+        }
+    }
+
+    /// The gateway serves the volume for the first time: clients may come.
+    fn open_doors(&mut self) -> anyhow::Result<()> {
+        if let Some(path) = &self.config.listen_unix {
+            self.listeners.push(Listener::unix(path)?);
+        }
+        if let Some(address) = self.config.listen_tcp {
+            self.listeners.push(Listener::tcp(address)?);
+        }
+        for (number, listener) in self.listeners.iter().enumerate() {
+            self.poller.add(listener.socket(), LISTENERS + number as u64, EventFlags::IN)?;
+        }
+        let uris: Vec<String> = self.listeners.iter().map(Listener::uri).collect();
+        let status = Status {
+            pid: std::process::id(),
+            volume: self.checked.volume.to_string(),
+            export: self.checked.export.clone(),
+            sockets: uris.clone(),
+            version: spline_process::VERSION.to_owned(),
+        };
+        let written = StatusFile::write(&self.config.runtime_dir, &status);
+        self.status_file = Some(written.with_context(|| {
+            format!("write the status file, check runtime_dir: path={}", self.config.runtime_dir.display())
+        })?);
+        // Nobody listening for it is the starter's choice.
+        let _ = self.serving.send(Serving { uris });
+        Ok(())
+    }
+
+    fn link_failed(&mut self, why: &LinkDown) -> anyhow::Result<()> {
+        match self.link.fail(why, &mut self.volume) {
+            Next::Retry => {}
+            Next::GiveUp(reason) => anyhow::bail!(reason),
+            Next::Fenced => {
+                tracing::error!(
+                    reason = %why,
+                    "volume lost, every request fails from now on; end the other user and restart this process"
+                );
+                self.volume.lost = true;
+                let waiting: Vec<_> = self.volume.inflight.drain().collect();
+                for entry in waiting {
+                    self.volume.count(&entry, &Err(Fault::Fenced));
+                    self.answer(&entry.context, Err(Fault::Fenced));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, origin: &Origin, result: Result<Answer<'_>, Fault>) {
+        if let Some(connection) = self.connections.get_mut(&origin.connection) {
+            connection.answer(&origin.ticket, result);
+        }
+    }
+
+    fn accept(&mut self, number: usize) {
+        for _ in 0..ACCEPTS_PER_TURN {
+            let Some(listener) = self.listeners.get(number) else { return };
+            match listener.accept() {
+                Ok(None) => return,
+                Ok(Some(socket)) => self.greet(socket),
+                Err(error) => {
+                    tracing::error!(%error, "accepting clients pauses, check the limit of open files");
+                    self.accept_paused = Some(self.volume.now + ACCEPT_PAUSE);
+                    return self.watch_listeners(EventFlags::empty());
+                }
+            }
+        }
+    }
+
+    fn watch_listeners(&mut self, flags: EventFlags) {
+        for (number, listener) in self.listeners.iter().enumerate() {
+            if let Err(error) = self.poller.modify(listener.socket(), LISTENERS + number as u64, flags) {
+                tracing::error!(%error, "listener can not be watched, restart this process");
+            }
+        }
+    }
+
+    fn greet(&mut self, socket: OwnedFd) {
+        if self.connections.len() >= self.config.max_connections {
+            tracing::warn!(limit = self.config.max_connections, "client turned away, see max_connections");
+            return;
+        }
+        let id = ConnectionId(self.next_connection);
+        self.next_connection += 1;
+        if let Err(error) = self.poller.add(socket.as_fd(), id.0, EventFlags::IN) {
+            tracing::error!(%error, "client can not be watched");
+            return;
+        }
+        let deadline = self.volume.now + self.checked.handshake_timeout;
+        self.connections.insert(id, Connection::new(id, socket, deadline));
+        self.volume.metrics.connects.inc();
+        self.volume.metrics.connections.set(self.connections.len() as i64);
+        tracing::debug!(client = id.0, "client connected");
+    }
+
+    fn client_ready(&mut self, id: ConnectionId, flags: EventFlags) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let mut result = Ok(());
+        if flags.contains(EventFlags::OUT) {
+            result = connection.flush(true).map(|_| ());
+        }
+        if result.is_ok() && flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
+            result = connection.receive(&mut self.volume, &mut self.scratch);
+        }
+        let gone = flags.intersects(EventFlags::HUP | EventFlags::ERR) && connection.is_abandoned();
+        match result {
+            Err(cut) => self.drop_client(id, Some(&cut)),
+            Ok(()) if gone => self.drop_client(id, None),
+            Ok(()) => {}
+        }
+    }
+
+    /// What the client still waits for stays in the in-flight table until it is answered, to nobody.
+    fn drop_client(&mut self, id: ConnectionId, cut: Option<&Cut>) {
+        match cut {
+            Some(Cut::Protocol(reason)) => {
+                self.volume.metrics.protocol_errors.inc();
+                tracing::warn!(client = id.0, %reason, "client cut");
+            }
+            Some(Cut::Io(error)) => tracing::debug!(client = id.0, %error, "client gone"),
+            None => tracing::debug!(client = id.0, "client gone"),
+        }
+        self.connections.remove(&id);
+        self.volume.metrics.connections.set(self.connections.len() as i64);
+    }
+
+    fn deadlines(&mut self) -> anyhow::Result<()> {
+        let now = self.volume.now;
+        if let Err(why) = self.link.tick(now, &self.poller, LINK) {
+            self.link_failed(&why)?;
+        }
+        if let Some((down_since, limit)) = self.link.patience()
+            && let Some(cutoff) = now.checked_sub(limit)
+        {
+            let fault = Fault::Unavailable(Unavailable::Unreachable);
+            while let Some(entry) = self.volume.inflight.expire(down_since, cutoff) {
+                self.volume.count(&entry, &Err(fault));
+                self.answer(&entry.context, Err(fault));
+            }
+        }
+        if self.accept_paused.is_some_and(|until| until <= now) {
+            self.accept_paused = None;
+            self.watch_listeners(EventFlags::IN);
+        }
+        let late = |connection: &Connection| connection.deadline().is_some_and(|deadline| deadline <= now);
+        while let Some(id) = self.connections.iter().find(|(_, c)| late(c)).map(|(id, _)| *id) {
+            self.drop_client(id, Some(&Cut::Protocol("handshake took too long".to_owned())));
+        }
+        Ok(())
+    }
+
+    /// Lets waiting requests go on where there is room now, sends everything, and forgets finished clients.
+    fn settle(&mut self) -> anyhow::Result<()> {
+        loop {
+            self.resume_stalled();
+            if let Err(why) = self.link.flush(&mut self.volume, &self.poller, LINK) {
+                self.link_failed(&why)?;
+            }
+            if !self.flush_clients() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// A different client comes first in each turn, so that none is starved.
+    fn resume_stalled(&mut self) {
+        let mut stalled: Vec<ConnectionId> =
+            self.connections.iter().filter(|(_, c)| c.is_stalled()).map(|(id, _)| *id).collect();
+        if !stalled.is_empty() {
+            let first = self.turn % stalled.len();
+            stalled.rotate_left(first);
+        }
+        for id in stalled {
+            if let Some(connection) = self.connections.get_mut(&id)
+                && let Err(cut) = connection.resume(&mut self.volume)
+            {
+                self.drop_client(id, Some(&cut));
+            }
+        }
+    }
+
+    /// Answers whether a client that was behind has caught up, so that its requests may go on.
+    fn flush_clients(&mut self) -> bool {
+        let (mut go_on, mut over) = (false, Vec::new());
+        for (id, connection) in &mut self.connections {
+            let flushed = connection.flush(false).and_then(|caught_up| {
+                go_on |= caught_up;
+                if let Some(flags) = connection.watch() {
+                    self.poller.modify(connection.socket(), id.0, flags)?;
+                }
+                Ok(())
+            });
+            if flushed.is_err() || connection.is_finished() {
+                over.push((*id, flushed.err()));
+            }
+        }
+        for (id, cut) in over {
+            self.drop_client(id, cut.as_ref());
+        }
+        go_on
+    }
+
+    /// Nothing has happened for a while: give memory back.
+    fn rest(&mut self) {
+        if self.idle_at.is_some_and(|at| at <= self.volume.now) {
+            self.idle_at = None;
+            self.link.shrink();
+            self.connections.values_mut().for_each(Connection::shrink);
+            if self.volume.inflight.is_empty() {
+                self.scratch = vec![0; SCRATCH_BYTES];
+            }
+            memory::trim();
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! One client's connection: socket, state machine of its phase, replies on their way.
+//!
+//! Called by the event loop. Must not know: the link, other connections. Every byte that comes is judged by
+//! `handshake` or `transmission`; this module moves bytes and keeps the limits.
+//!
+//! `bounded`: at most [`REQUESTS_MAX`] requests and [`BYTES_MAX`] bytes of one client are open, and past
+//! [`UNSENT_MAX`] bytes of replies that it does not read nothing more is read from it. A client that stalls stalls
+//! only itself: what its replies hold is not counted against the volume.
+
+use crate::nbd::errno::nbd_error;
+use crate::nbd::handshake::{Handshake, Step};
+use crate::nbd::reply;
+use crate::nbd::transmission::{Event, Incoming, Room, Ticket, Transmission};
+use crate::receive::{READS_PER_TURN, Received, read_after, read_payload};
+use crate::send_queue::SendQueue;
+use crate::volume::{Answer, Origin, Volume};
+use rustix::event::epoll::EventFlags;
+use spline_types::limits::REQUEST_BYTES_MAX;
+use spline_types::{BlockOp, Fault};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+use thiserror::Error;
+
+/// Open requests of one client: half of the volume's, so that one client can not shut out the others.
+pub const REQUESTS_MAX: usize = 512;
+/// Data of one client's open requests, bytes: the largest request and some beside it, less than the volume's.
+pub const BYTES_MAX: u64 = 48 << 20;
+/// Unsent bytes of replies past which a client's requests are not read.
+pub const UNSENT_MAX: usize = 4 << 20;
+
+const _: () = assert!(BYTES_MAX >= REQUEST_BYTES_MAX as u64);
+
+/// Names a connection; never reused.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ConnectionId(pub u64);
+
+/// Why a connection is cut.
+#[derive(Debug, Error)]
+pub enum Cut {
+    /// The socket failed.
+    #[error("socket failed: {0}")]
+    Io(#[from] io::Error),
+    /// The client broke the protocol.
+    #[error("protocol error: {0}")]
+    Protocol(String),
+}
+
+#[derive(Debug)]
+enum Phase {
+    Handshake { machine: Handshake, deadline: Instant },
+    Transmission(Transmission),
+}
+
+/// One client.
+#[derive(Debug)]
+pub struct Connection {
+    id: ConnectionId,
+    socket: OwnedFd,
+    phase: Phase,
+    /// Bytes that came and were not taken: less than one message, or what waits while stalled.
+    partial: Vec<u8>,
+    out: SendQueue,
+    open: usize,
+    open_bytes: u64,
+    /// A request that the volume had no room for.
+    parked: Option<Incoming>,
+    stalled: bool,
+    /// Nothing more is taken from the client: it said so, or closed its side.
+    ending: bool,
+    /// What epoll was last told to watch.
+    watched: EventFlags,
+}
+
+fn data_bytes(ticket: &Ticket) -> u64 {
+    if ticket.op.carries_data() { ticket.range.length() } else { 0 }
+}
+
+impl Connection {
+    /// Greets a client on a non-blocking socket; the handshake must be over by `deadline`.
+    pub fn new(id: ConnectionId, socket: OwnedFd, deadline: Instant) -> Self {
+        let mut out = SendQueue::default();
+        let machine = Handshake::start(&mut out);
+        Self {
+            id,
+            socket,
+            phase: Phase::Handshake { machine, deadline },
+            partial: Vec::new(),
+            out,
+            open: 0,
+            open_bytes: 0,
+            parked: None,
+            stalled: false,
+            ending: false,
+            watched: EventFlags::IN,
+        }
+    }
+
+    /// The socket, to be watched.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// When the handshake must be over; `None` once it is.
+    pub fn deadline(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Handshake { deadline, .. } => Some(*deadline),
+            Phase::Transmission(_) => None,
+        }
+    }
+
+    /// Whether requests wait in it for room.
+    pub fn is_stalled(&self) -> bool {
+        self.stalled
+    }
+
+    /// Whether the client is gone and everything for it is done.
+    pub fn is_finished(&self) -> bool {
+        self.ending && self.open == 0 && !self.stalled && self.out.is_empty()
+    }
+
+    /// What epoll must watch, if that has changed since the last call.
+    pub fn watch(&mut self) -> Option<EventFlags> {
+        let mut wanted = EventFlags::empty();
+        if !self.stalled && !self.ending {
+            wanted |= EventFlags::IN;
+        }
+        if !self.out.is_empty() {
+            wanted |= EventFlags::OUT;
+        }
+        if wanted == self.watched {
+            return None;
+        }
+        self.watched = wanted;
+        Some(wanted)
+    }
+
+    /// Reads what has come and acts upon it.
+    ///
+    /// # Errors
+    /// The connection is to be cut.
+    pub fn receive(&mut self, volume: &mut Volume, scratch: &mut [u8]) -> Result<(), Cut> {
+        for _ in 0..READS_PER_TURN {
+            if self.stalled || self.ending {
+                return Ok(());
+            }
+            let payload = match &mut self.phase {
+                Phase::Transmission(machine) if self.partial.is_empty() => machine.payload(),
+                _ => None,
+            };
+            let direct = payload.is_some();
+            let received = match payload {
+                Some((payload, missing)) => {
+                    read_payload(self.socket.as_fd(), payload, missing, &mut self.partial)?
+                }
+                None => read_after(self.socket.as_fd(), &mut self.partial, scratch)?,
+            };
+            let drained = match received {
+                Received::Nothing => return Ok(()),
+                Received::Closed => {
+                    self.ending = true;
+                    return Ok(());
+                }
+                Received::Bytes { count, drained } => {
+                    // A direct read leaves its bytes in the payload; what it read too far is in `left`.
+                    let left = std::mem::take(&mut self.partial);
+                    self.take(volume, if direct { &left } else { &scratch[..count] })?;
+                    drained
+                }
+            };
+            if drained {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with what had to wait for room.
+    ///
+    /// # Errors
+    /// The connection is to be cut.
+    pub fn resume(&mut self, volume: &mut Volume) -> Result<(), Cut> {
+        self.stalled = false;
+        if let Some(incoming) = self.parked.take() {
+            self.submit(volume, incoming);
+        }
+        if !self.stalled && !self.partial.is_empty() {
+            let left = std::mem::take(&mut self.partial);
+            self.take(volume, &left)?;
+        }
+        Ok(())
+    }
+
+    /// Takes nothing more from the client; what is open is still answered.
+    pub fn end(&mut self) {
+        self.ending = true;
+        self.stalled = false;
+        self.parked = None;
+        self.partial = Vec::new();
+    }
+
+    /// Answers a request that this connection submitted.
+    pub fn answer(&mut self, ticket: &Ticket, result: Result<Answer<'_>, Fault>) {
+        self.open -= 1;
+        self.open_bytes -= data_bytes(ticket);
+        let structured = self.structured();
+        match result {
+            Ok(Answer::Done) => reply::done(&mut self.out, ticket.cookie),
+            Ok(Answer::Data(data)) => reply::data(&mut self.out, structured, ticket, &data),
+            Ok(Answer::Extents(extents)) => reply::status(&mut self.out, ticket, &extents),
+            Err(fault) => self.fail(ticket, fault),
+        }
+    }
+
+    /// Sends what the socket takes, unless it is known to be full (`again` says that it no longer is). Answers
+    /// whether the client has read so much that requests which waited for it may go on.
+    ///
+    /// # Errors
+    /// The connection is to be cut.
+    pub fn flush(&mut self, again: bool) -> Result<bool, Cut> {
+        if self.out.is_empty() || (self.watched.contains(EventFlags::OUT) && !again) {
+            return Ok(false);
+        }
+        let behind = self.out.bytes() > UNSENT_MAX;
+        self.out.write_to(self.socket.as_fd())?;
+        Ok(self.stalled && behind && self.out.bytes() <= UNSENT_MAX)
+    }
+
+    /// Whether nobody can be answered any more, given that both directions of the socket are closed.
+    pub fn is_abandoned(&self) -> bool {
+        self.ending || self.stalled
+    }
+
+    /// Gives memory back while the client is quiet.
+    pub fn shrink(&mut self) {
+        self.out.shrink();
+        self.partial.shrink_to_fit();
+    }
+
+    fn structured(&self) -> bool {
+        matches!(&self.phase, Phase::Transmission(machine) if machine.agreed().structured)
+    }
+
+    fn fail(&mut self, ticket: &Ticket, fault: Fault) {
+        let read_at = (ticket.op == BlockOp::Read).then(|| ticket.range.offset());
+        let structured = self.structured();
+        let error = (ticket.cookie, nbd_error(ticket.op, fault));
+        reply::failed(&mut self.out, structured, error, &fault.to_string(), read_at);
+    }
+
+    fn room(&self) -> Room {
+        Room { requests: REQUESTS_MAX - self.open, bytes: BYTES_MAX - self.open_bytes }
+    }
+
+    /// Acts upon `input` and keeps what it can not take yet.
+    fn take(&mut self, volume: &mut Volume, input: &[u8]) -> Result<(), Cut> {
+        let mut used = 0;
+        loop {
+            let (taken, more) = match &self.phase {
+                Phase::Handshake { .. } => self.haggle(volume, &input[used..])?,
+                Phase::Transmission(_) => self.serve(volume, &input[used..])?,
+            };
+            used += taken;
+            if self.out.bytes() > UNSENT_MAX {
+                self.stalled = true;
+            }
+            if self.ending {
+                return Ok(());
+            }
+            if !more || self.stalled {
+                self.partial.extend_from_slice(&input[used..]);
+                return Ok(());
+            }
+        }
+    }
+
+    fn haggle(&mut self, volume: &Volume, input: &[u8]) -> Result<(usize, bool), Cut> {
+        let Phase::Handshake { machine, .. } = &mut self.phase else { return Ok((0, false)) };
+        let (taken, step) = machine.advance(input, &volume.export, &mut self.out);
+        match step {
+            Step::NeedMore => return Ok((taken, false)),
+            Step::Enter(agreed) => self.phase = Phase::Transmission(Transmission::new(agreed)),
+            Step::Abort => self.ending = true,
+            Step::Violation(violation) => return Err(Cut::Protocol(violation.to_string())),
+        }
+        Ok((taken, true))
+    }
+
+    fn serve(&mut self, volume: &mut Volume, input: &[u8]) -> Result<(usize, bool), Cut> {
+        let room = self.room();
+        let Phase::Transmission(machine) = &mut self.phase else { return Ok((0, false)) };
+        let (taken, event) = machine.advance(input, &volume.export, room);
+        match event {
+            Event::NeedMore => return Ok((taken, false)),
+            Event::Full => self.stalled = true,
+            Event::Request(incoming) => {
+                self.open += 1;
+                self.open_bytes += data_bytes(&incoming.ticket);
+                self.submit(volume, incoming);
+            }
+            Event::Nothing(ticket) if ticket.op == BlockOp::Read => {
+                let nothing = crate::volume::ReadData::Slice(&[]);
+                reply::data(&mut self.out, machine.agreed().structured, &ticket, &nothing);
+            }
+            Event::Nothing(ticket) => reply::done(&mut self.out, ticket.cookie),
+            Event::Refused(refused) => {
+                let structured = machine.agreed().structured;
+                let error = (refused.cookie, refused.error);
+                let text = refused.fault.to_string();
+                reply::failed(&mut self.out, structured, error, &text, refused.read_at);
+                volume.metrics.refused(refused.fault);
+            }
+            Event::Disconnect => self.ending = true,
+            Event::Violation(violation) => return Err(Cut::Protocol(violation.to_string())),
+        }
+        Ok((taken, true))
+    }
+
+    /// Hands a request to the volume, or parks it until there is room.
+    fn submit(&mut self, volume: &mut Volume, incoming: Incoming) {
+        let Incoming { ticket, fua, payload } = incoming;
+        if volume.lost {
+            volume.metrics.refused(Fault::Fenced);
+            return self.answer(&ticket, Err(Fault::Fenced));
+        }
+        if !volume.inflight.has_room(ticket.op, ticket.range) {
+            self.parked = Some(Incoming { ticket, fua, payload });
+            self.stalled = true;
+            return;
+        }
+        let origin = Origin { connection: self.id, ticket };
+        volume.inflight.admit((ticket.op, ticket.range, fua), payload, origin, volume.now);
+    }
+}

@@ -1,0 +1,75 @@
+//! The volume as nebd holds it: the export that guests are told of, and the requests they wait for.
+//!
+//! Called by the event loop, the connections and the link; owned by the event loop. Must not know: sockets.
+
+use crate::export::Export;
+use crate::inflight::{Entry, Inflight};
+use crate::metrics::Metrics;
+use crate::nbd::connection::ConnectionId;
+use crate::nbd::transmission::Ticket;
+use spline_types::{Extent, Fault};
+use std::rc::Rc;
+use std::time::Instant;
+
+/// Whom to answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// The client.
+    pub connection: ConnectionId,
+    /// The client's request.
+    pub ticket: Ticket,
+}
+
+/// Data of a read.
+#[derive(Debug)]
+pub enum ReadData<'a> {
+    /// Small: still in the receive buffer.
+    Slice(&'a [u8]),
+    /// Large: in a buffer of its own.
+    Shared(Rc<Vec<u8>>),
+}
+
+impl ReadData<'_> {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Slice(bytes) => bytes,
+            Self::Shared(bytes) => bytes,
+        }
+    }
+}
+
+/// What a successful request brings its guest.
+#[derive(Debug)]
+pub enum Answer<'a> {
+    /// Nothing but success.
+    Done,
+    /// As many bytes as were asked for.
+    Data(ReadData<'a>),
+    /// At least one extent, from the asked offset, not past the asked end.
+    Extents(Vec<Extent>),
+}
+
+/// The volume.
+#[derive(Debug)]
+pub struct Volume {
+    /// What guests are told.
+    pub export: Export,
+    /// What guests wait for.
+    pub inflight: Inflight<Origin>,
+    /// A newer session has the volume: every request fails as fenced.
+    pub lost: bool,
+    /// Counters.
+    pub metrics: Metrics,
+    /// The time of this turn of the event loop.
+    pub now: Instant,
+}
+
+impl Volume {
+    /// Counts a request that leaves the table.
+    pub fn count(&self, entry: &Entry<Origin>, result: &Result<(), Fault>) {
+        let request = &entry.request;
+        self.metrics.answered(request.op, request.range.length(), self.now - entry.started, result);
+        self.metrics.inflight.set(self.inflight.len() as i64);
+    }
+}

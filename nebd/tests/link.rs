@@ -1,0 +1,308 @@
+//! nebd between a real client socket and a gateway that misbehaves: what the guest sees, and what the gateway gets.
+
+#[path = "support/client.rs"]
+mod client;
+#[path = "support/gateway.rs"]
+mod gateway;
+
+use client::{Client, request};
+use gateway::{FakeGateway, Manner};
+use prometheus_client::registry::Registry;
+use spline_link::{Message, Mode, Refusal};
+use spline_nebd::nbd::protocol::*;
+use spline_nebd::status_file::StatusFile;
+use spline_nebd::{Config, Nebd};
+use spline_types::{Fault, OnUnavailable};
+use std::io::Write;
+use std::net::Shutdown;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const SIZE: u64 = 64 << 20;
+
+struct Place {
+    dir: tempfile::TempDir,
+    gateway: FakeGateway,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let gateway = FakeGateway::new(&dir.path().join("gateway.sock"), SIZE);
+        Self { dir, gateway }
+    }
+
+    fn nbd(&self) -> PathBuf {
+        self.dir.path().join("nbd.sock")
+    }
+
+    fn config(&self) -> Config {
+        Config {
+            volume: "disk0".into(),
+            gateway_socket: self.dir.path().join("gateway.sock"),
+            listen_unix: Some(self.nbd()),
+            runtime_dir: self.dir.path().to_owned(),
+            handshake_seconds: 1,
+            ..Config::default()
+        }
+    }
+
+    fn spawn(&self) -> Nebd {
+        Nebd::spawn(self.config(), &mut Registry::default()).expect("starts")
+    }
+
+    /// A gateway and a nebd that serve.
+    fn serving() -> (Self, Nebd) {
+        let place = Self::new();
+        place.gateway.listen();
+        let mut nebd = place.spawn();
+        nebd.wait_ready().expect("is ready");
+        (place, nebd)
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back_by_another_client() {
+    let (place, _nebd) = Place::serving();
+    let (mut one, mut two) = (Client::connect(&place.nbd()), Client::connect(&place.nbd()));
+    for (cookie, length) in [(1, 1), (2, 4096), (3, 100_000), (4, 9 << 20)] {
+        let data: Vec<u8> = (0..length).map(|at| (at * 7 + cookie as usize) as u8).collect();
+        one.write(cookie, 513, &data);
+        assert_eq!(one.reply(), (cookie, 0));
+        assert!(two.read(cookie, 513, length as u32) == data, "{length} bytes");
+    }
+    for command in [CMD_FLUSH, CMD_TRIM, CMD_WRITE_ZEROES, CMD_CACHE] {
+        one.send(command, 9, 0, if command == CMD_FLUSH { 0 } else { 8192 });
+        assert_eq!(one.reply(), (9, 0));
+    }
+    assert_eq!(two.read(5, 0, 8192), vec![0; 8192]);
+    one.send(CMD_DISC, 0, 0, 0);
+    assert_eq!(one.closed(), 0);
+}
+
+#[test]
+fn replay_before_new() {
+    let (place, _nebd) = Place::serving();
+    let gateway = &place.gateway;
+    gateway.lock().manner = Manner::Hold;
+    let mut client = Client::connect(&place.nbd());
+    for cookie in 1..=3u64 {
+        client.write(cookie, cookie * 4096, &[cookie as u8; 4096]);
+    }
+    gateway.wait("the first link has three requests", |control| control.received.len() == 3);
+    gateway.kill();
+    client.write(4, 4 * 4096, &[4; 4096]);
+    gateway.lock().manner = Manner::Answer;
+    gateway.listen();
+    let mut answered: Vec<_> = (0..4).map(|_| client.reply()).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, [(1, 0), (2, 0), (3, 0), (4, 0)], "complete_once");
+    let control = gateway.lock();
+    assert_eq!(control.links, [Mode::Open, Mode::Resume]);
+    let on = |link| control.received.iter().filter(move |(at, _)| *at == link).map(|(_, r)| r.id.get());
+    assert_eq!(on(0).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(on(1).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    drop(control);
+    assert_eq!(client.read(5, 3 * 4096, 1), [3]);
+}
+
+#[test]
+fn a_leaving_gateway_withdraws_and_the_guest_learns_nothing() {
+    let (place, _nebd) = Place::serving();
+    let gateway = &place.gateway;
+    gateway.lock().manner = Manner::Withdraw;
+    let mut client = Client::connect(&place.nbd());
+    client.write(1, 0, b"abc");
+    gateway.wait("the request was withdrawn", |control| control.received.len() == 1);
+    gateway.say(&Message::Leaving);
+    client.send(CMD_FLUSH, 2, 0, 0);
+    gateway.lock().manner = Manner::Answer;
+    gateway.kill();
+    gateway.listen();
+    let mut answered = [client.reply(), client.reply()];
+    answered.sort_unstable();
+    assert_eq!(answered, [(1, 0), (2, 0)]);
+    assert_eq!(client.read(3, 0, 3), b"abc");
+}
+
+#[test]
+fn faults_become_errors_and_the_connection_goes_on() {
+    let (place, _nebd) = Place::serving();
+    let mut client = Client::connect(&place.nbd());
+    for (fault, error) in [(Fault::NoSpace, 28), (Fault::Fenced, 108), (Fault::Corrupt, 5)] {
+        place.gateway.lock().manner = Manner::Fail(fault);
+        client.send(CMD_READ, 7, 0, 512);
+        assert_eq!(client.reply(), (7, error));
+    }
+    place.gateway.lock().manner = Manner::Answer;
+    assert_eq!(client.read(8, 0, 2), [0, 0]);
+}
+
+#[test]
+fn a_lying_gateway_is_left_and_tried_again() {
+    let (place, _nebd) = Place::serving();
+    place.gateway.lock().manner = Manner::Lie;
+    let mut client = Client::connect(&place.nbd());
+    client.send(CMD_READ, 1, 0, 16);
+    place.gateway.wait("nebd comes back", |control| control.links.len() > 1);
+    place.gateway.lock().manner = Manner::Answer;
+    assert_eq!(client.reply(), (1, 0));
+}
+
+#[test]
+fn fail_after_ends_the_wait_while_no_gateway_is_there() {
+    let place = Place::new();
+    place.gateway.lock().on_unavailable = OnUnavailable::FailAfter(Duration::from_millis(200));
+    place.gateway.listen();
+    let mut nebd = place.spawn();
+    nebd.wait_ready().expect("is ready");
+    let mut client = Client::connect(&place.nbd());
+    place.gateway.lock().manner = Manner::Hold;
+    client.send(CMD_READ, 1, 0, 512);
+    place.gateway.wait("the request came", |control| control.received.len() == 1);
+    place.gateway.kill();
+    assert_eq!(client.reply(), (1, 5));
+    client.send(CMD_READ, 2, 0, 512);
+    assert_eq!(client.reply(), (2, 5));
+    place.gateway.lock().manner = Manner::Answer;
+    place.gateway.listen();
+    place.gateway.wait("nebd is back", |control| control.links.len() == 2);
+    assert_eq!(client.read(3, 0, 1), [0]);
+}
+
+#[test]
+fn a_refused_volume_ends_the_start_with_the_reason() {
+    for refusal in [Refusal::NotFound, Refusal::Held, Refusal::Version, Refusal::Internal] {
+        let place = Place::new();
+        place.gateway.lock().refuse = Some(refusal);
+        place.gateway.listen();
+        let error = place.spawn().wait_ready().expect_err("refused");
+        assert!(error.to_string().contains(&format!("refused as {refusal:?}")), "{error:#}");
+        assert!(!place.nbd().exists());
+    }
+}
+
+#[test]
+fn clients_are_let_in_only_once_the_gateway_serves() {
+    let place = Place::new();
+    let mut nebd = place.spawn();
+    place.gateway.lock().refuse = Some(Refusal::Unavailable);
+    place.gateway.listen();
+    place.gateway.wait("nebd was told to wait", |control| !control.links.is_empty());
+    assert!(!place.nbd().exists());
+    place.gateway.lock().refuse = None;
+    let uris = nebd.wait_ready().expect("is ready");
+    assert_eq!(uris, [format!("nbd+unix:///?socket={}", place.nbd().display())]);
+    Client::connect(&place.nbd());
+    assert!(StatusFile::path(place.dir.path(), "disk0").exists());
+    assert_eq!(place.gateway.lock().links.last(), Some(&Mode::Open), "it never had the volume before");
+}
+
+#[test]
+fn a_lost_session_fails_everything_as_shutting_down() {
+    let (place, _nebd) = Place::serving();
+    place.gateway.lock().manner = Manner::Hold;
+    let mut client = Client::connect(&place.nbd());
+    client.send(CMD_READ, 1, 0, 512);
+    place.gateway.wait("the request came", |control| control.received.len() == 1);
+    place.gateway.say(&Message::Lost);
+    assert_eq!(client.reply(), (1, 108));
+    client.write(2, 0, b"x");
+    assert_eq!(client.reply(), (2, 108));
+}
+
+#[test]
+fn a_resumed_session_that_is_held_elsewhere_is_lost() {
+    let (place, _nebd) = Place::serving();
+    place.gateway.kill();
+    place.gateway.lock().refuse = Some(Refusal::Held);
+    place.gateway.listen();
+    let mut client = Client::connect(&place.nbd());
+    client.send(CMD_READ, 1, 0, 512);
+    assert_eq!(client.reply(), (1, 108));
+}
+
+#[test]
+fn a_resized_volume_is_served_to_its_new_end() {
+    let (place, _nebd) = Place::serving();
+    let mut client = Client::connect(&place.nbd());
+    client.send(CMD_READ, 1, SIZE - 512, 1024);
+    assert_eq!(client.reply(), (1, 22));
+    place.gateway.say(&Message::Resized { size: SIZE / 2 });
+    // The message overtakes nothing: an answer on the same link comes after it.
+    assert_eq!(client.read(2, 0, 1), [0]);
+    client.write(3, SIZE / 2, b"x");
+    assert_eq!(client.reply(), (3, 28));
+}
+
+#[test]
+fn a_client_that_never_reads_stalls_only_itself() {
+    let (place, _nebd) = Place::serving();
+    let mut greedy = Client::connect(&place.nbd());
+    greedy.stream.set_nonblocking(true).expect("sets");
+    let reads = request(CMD_READ, 1, 0, 8 << 20).repeat(1000);
+    let _ = greedy.stream.write(&reads);
+    place.gateway.wait("its first reads came", |control| !control.received.is_empty());
+    let mut polite = Client::connect(&place.nbd());
+    for cookie in 0..50 {
+        assert_eq!(polite.read(cookie, 4096, 4096), vec![0; 4096]);
+    }
+    let asked = place.gateway.lock().received.iter().filter(|(_, r)| r.range.length() == 8 << 20).count();
+    assert!(asked < 20, "its unread replies hold it back: asked={asked}");
+}
+
+#[test]
+fn a_half_closed_client_still_gets_its_answers() {
+    let (place, _nebd) = Place::serving();
+    place.gateway.lock().manner = Manner::Hold;
+    let mut client = Client::connect(&place.nbd());
+    // The same cookie twice: the server answers both and does not care.
+    client.write(7, 0, b"abc");
+    client.write(7, 0, b"abd");
+    client.stream.shutdown(Shutdown::Write).expect("closes its side");
+    place.gateway.wait("both came", |control| control.received.len() == 2);
+    place.gateway.kill();
+    place.gateway.lock().manner = Manner::Answer;
+    place.gateway.listen();
+    assert_eq!([client.reply(), client.reply()], [(7, 0), (7, 0)]);
+    assert_eq!(client.closed(), 0);
+    let mut next = Client::connect(&place.nbd());
+    assert_eq!(next.read(1, 0, 3), b"abd");
+}
+
+#[test]
+fn a_client_that_breaks_the_protocol_is_cut_and_others_are_not() {
+    let (place, _nebd) = Place::serving();
+    let mut good = Client::connect(&place.nbd());
+    let mut garbage = Client::connect(&place.nbd());
+    garbage.stream.write_all(&[0x55; 28]).expect("writes");
+    assert_eq!(garbage.closed(), 0);
+    let mut silent = Client::knock(&place.nbd());
+    assert_eq!(silent.closed(), 0, "a handshake that takes too long");
+    let mut oldstyle = Client::knock(&place.nbd());
+    oldstyle.stream.write_all(&request(CMD_READ, 0, 0, 512)).expect("writes");
+    assert_eq!(oldstyle.closed(), 0);
+    assert_eq!(good.read(1, 0, 1), [0]);
+}
+
+#[test]
+fn too_long_writes_are_refused_and_the_stream_stays_in_step() {
+    let (place, _nebd) = Place::serving();
+    let mut client = Client::connect(&place.nbd());
+    client.write(1, 0, &vec![1; (32 << 20) + 1]);
+    assert_eq!(client.reply(), (1, 22));
+    assert_eq!(client.read(2, 0, 1), [0]);
+}
+
+#[test]
+fn a_clean_stop_says_goodbye_and_leaves_nothing_behind() {
+    let (place, nebd) = Place::serving();
+    let mut client = Client::connect(&place.nbd());
+    client.write(1, 0, b"abc");
+    assert_eq!(client.reply(), (1, 0));
+    nebd.shutdown().expect("ends well");
+    assert_eq!(client.closed(), 0);
+    place.gateway.wait("nebd said goodbye", |control| control.detached);
+    assert!(!place.nbd().exists());
+    assert!(!StatusFile::path(place.dir.path(), "disk0").exists());
+}

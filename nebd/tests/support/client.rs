@@ -1,0 +1,78 @@
+//! An NBD client for tests, as plain as it can be: simple replies only, every byte visible.
+
+use spline_nebd::nbd::protocol::*;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+pub struct Client {
+    pub stream: UnixStream,
+}
+
+impl Client {
+    /// Connects and enters the transmission phase by EXPORT_NAME.
+    pub fn connect(path: &Path) -> Self {
+        let mut client = Self::knock(path);
+        client.stream.write_all(&3u32.to_be_bytes()).expect("writes");
+        client.stream.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").expect("writes");
+        let mut answer = [0; 10];
+        client.stream.read_exact(&mut answer).expect("the export is served");
+        client
+    }
+
+    /// Connects and reads the greeting.
+    pub fn knock(path: &Path) -> Self {
+        let mut stream = UnixStream::connect(path).expect("connects");
+        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("sets");
+        let mut greeting = [0; 18];
+        stream.read_exact(&mut greeting).expect("greets");
+        assert_eq!(&greeting, b"NBDMAGICIHAVEOPT\0\x03");
+        Self { stream }
+    }
+
+    pub fn send(&mut self, command: u16, cookie: u64, offset: u64, length: u32) {
+        self.stream.write_all(&request(command, cookie, offset, length)).expect("writes");
+    }
+
+    pub fn write(&mut self, cookie: u64, offset: u64, data: &[u8]) {
+        self.send(CMD_WRITE, cookie, offset, data.len() as u32);
+        self.stream.write_all(data).expect("writes");
+    }
+
+    /// Cookie and error of the next simple reply.
+    pub fn reply(&mut self) -> (u64, u32) {
+        let mut head = [0; 16];
+        self.stream.read_exact(&mut head).expect("a reply comes");
+        assert_eq!(head[..4], SIMPLE_REPLY_MAGIC.to_be_bytes());
+        let error = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
+        let cookie = head[8..].iter().fold(0, |all, byte| all << 8 | u64::from(*byte));
+        (cookie, error)
+    }
+
+    pub fn read(&mut self, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+        self.send(CMD_READ, cookie, offset, length);
+        assert_eq!(self.reply(), (cookie, 0));
+        let mut data = vec![0; length as usize];
+        self.stream.read_exact(&mut data).expect("data comes");
+        data
+    }
+
+    /// Waits until the server closes, and answers how many bytes came before.
+    pub fn closed(&mut self) -> usize {
+        let mut rest = Vec::new();
+        // A reset is as much an end as a close.
+        let _ = self.stream.read_to_end(&mut rest);
+        rest.len()
+    }
+}
+
+pub fn request(command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&[0, 0]);
+    bytes.extend_from_slice(&command.to_be_bytes());
+    bytes.extend_from_slice(&cookie.to_be_bytes());
+    bytes.extend_from_slice(&offset.to_be_bytes());
+    bytes.extend_from_slice(&length.to_be_bytes());
+    bytes
+}
