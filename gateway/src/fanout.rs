@@ -7,7 +7,6 @@
 use crate::engine::EngineAnswer;
 use crate::split::{Part, chunk_op, parts, segment_ranges};
 use bytes::Bytes;
-use futures_util::future::Either;
 use futures_util::stream::{self, StreamExt};
 use spline_types::limits::{CHUNK_BYTES, SEGMENT_BYTES};
 use spline_types::{BlockRequest, ByteRange, ChunkOp, CopysetId, Extent, Fault, SegmentIndex};
@@ -101,11 +100,10 @@ fn shortened(range: ByteRange, limit: u64) -> ByteRange {
 fn pieces<C: Chunks>(chunks: &C, op: ChunkOp, range: ByteRange) -> impl Iterator<Item = Piece> {
     let needs_space = matches!(op, ChunkOp::Write | ChunkOp::WriteZeroes);
     segment_ranges(range).flat_map(move |(segment, within)| {
-        if needs_space || chunks.allocated(segment).is_some() {
-            Either::Left(parts(range, within).map(Piece::Part))
-        } else {
-            Either::Right(std::iter::once(Piece::Hole(within.length())))
-        }
+        let there = needs_space || chunks.allocated(segment).is_some();
+        let hole = (!there).then(|| Piece::Hole(within.length()));
+        let asked = there.then(|| parts(range, within).map(Piece::Part));
+        hole.into_iter().chain(asked.into_iter().flatten())
     })
 }
 

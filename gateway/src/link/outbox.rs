@@ -83,7 +83,7 @@ impl Outbox {
     /// Writes until everything is written. A socket that fails is discarded, and its error told once.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.parts.is_empty() {
-            let mut slices = [const { IoSlice::new(&[]) }; SLICES];
+            let mut slices = [IoSlice::new(&[]); SLICES];
             let mut count = 0;
             let mut skip = self.offset;
             for part in self.parts.iter().filter(|part| !matches!(part, Part::End(_))).take(SLICES) {
