@@ -82,7 +82,9 @@ impl Cluster {
         };
         let id = match self.context.ledger.propose(command).await? {
             Answer::Chunkserver(id) => id,
-            answer => return Err(Refusal::internal(format!("registration had another answer: answer={answer:?}"))),
+            answer => {
+                return Err(Refusal::internal(format!("registration had another answer: answer={answer:?}")));
+            }
         };
         tracing::info!(%id, address, zone, "chunkserver registered");
         self.context.topology().seen(id, Instant::now());
@@ -207,7 +209,8 @@ impl Cluster {
     async fn start(&self, operator: Operator, view: &View, now: Instant) {
         let proposed = match operator {
             Operator::Transfer { copyset, to } => {
-                let leader = view.copysets.iter().find(|other| other.id == copyset).and_then(|found| found.leader);
+                let leader =
+                    view.copysets.iter().find(|other| other.id == copyset).and_then(|found| found.leader);
                 if let Some(from) = leader {
                     self.transfers().insert(copyset, Transfer { from, to, since: now });
                 }
@@ -273,7 +276,8 @@ fn news(state: &MetaState, topology: &Topology, leading: &[ReplicaReport]) -> Ve
             reports.push(report);
         }
         for (volume, deletion) in state.deletions() {
-            if deletion.remaining.contains_key(&replica.copyset.get()) && replica.reclaimed.contains(&volume) {
+            if deletion.remaining.contains_key(&replica.copyset.get()) && replica.reclaimed.contains(&volume)
+            {
                 reclaimed.entry(volume).or_default().push(replica.copyset);
             }
         }

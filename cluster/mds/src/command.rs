@@ -236,16 +236,16 @@ impl Command {
     /// # Errors
     /// An unknown version, named; or bytes that are not a command.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
-        let version: Version =
-            serde_json::from_slice(bytes).map_err(|error| format!("not a metadata command: error={error}"))?;
+        let version: Version = serde_json::from_slice(bytes)
+            .map_err(|error| format!("not a metadata command: error={error}"))?;
         if !COMMAND_VERSIONS.contains(&version.v) {
             return Err(format!(
                 "metadata command of an unknown version, a newer binary wrote it: version={} known={COMMAND_VERSIONS:?}",
                 version.v
             ));
         }
-        let read: Read =
-            serde_json::from_slice(bytes).map_err(|error| format!("damaged metadata command: error={error}"))?;
+        let read: Read = serde_json::from_slice(bytes)
+            .map_err(|error| format!("damaged metadata command: error={error}"))?;
         Ok(read.command)
     }
 

@@ -4,8 +4,8 @@
 //! ledger), leases, topology, transfers.
 
 use crate::config::Config;
-use crate::ledger::Ledger;
 use crate::lease::Leases;
+use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::topology::Topology;
 use std::sync::{Mutex, MutexGuard, PoisonError};

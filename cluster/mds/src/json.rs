@@ -138,11 +138,14 @@ pub(crate) mod duration {
 
         #[test]
         fn durations_as_people_write_them() {
-            for (text, ms) in [("500ms", 500), ("10s", 10_000), ("10 min", 600_000), ("1h", 3_600_000), ("0s", 0)]
+            for (text, ms) in
+                [("500ms", 500), ("10s", 10_000), ("10 min", 600_000), ("1h", 3_600_000), ("0s", 0)]
             {
                 assert_eq!(parse(text), Some(Duration::from_millis(ms)), "{text}");
             }
-            for text in ["", "s", "-1s", "1.5s", "10", "10d", "99999999999999999999s", "18446744073709551615h"] {
+            for text in
+                ["", "s", "-1s", "1.5s", "10", "10d", "99999999999999999999s", "18446744073709551615h"]
+            {
                 assert_eq!(parse(text), None, "{text}");
             }
         }

@@ -94,16 +94,17 @@ impl<'a> Plan<'a> {
         while members.len() < self.shape.replicas {
             let fits = |at: &usize| {
                 members.iter().all(|member| {
-                    self.sites[*member].zone != self.sites[*at].zone && (!bounded || self.may_pair(*member, *at))
+                    self.sites[*member].zone != self.sites[*at].zone
+                        && (!bounded || self.may_pair(*member, *at))
                 })
             };
-            let next =
-                (0..self.sites.len()).filter(fits).min_by_key(|at| (self.load[*at], self.tie[*at]))?;
+            let next = (0..self.sites.len()).filter(fits).min_by_key(|at| (self.load[*at], self.tie[*at]))?;
             members.push(next);
         }
         // A newcomer brings up to replicas - 1 partners at once: count them together.
         let within = |at: &usize| {
-            let new = members.iter().filter(|other| *other != at && !self.partners[*at].contains(other)).count();
+            let new =
+                members.iter().filter(|other| *other != at && !self.partners[*at].contains(other)).count();
             self.partners[*at].len() + new <= self.shape.scatter_width
         };
         (!bounded || members.iter().all(within)).then_some(members)

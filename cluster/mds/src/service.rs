@@ -46,7 +46,8 @@ impl Service {
     pub fn router(self) -> tonic::transport::server::Router {
         let volumes = pb::volumes_server::VolumesServer::new(self.clone());
         let sessions = pb::sessions_server::SessionsServer::new(self.clone());
-        let cluster = pb::cluster_server::ClusterServer::new(self).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let cluster =
+            pb::cluster_server::ClusterServer::new(self).max_decoding_message_size(REQUEST_BYTES_MAX);
         tonic::transport::Server::builder().add_service(volumes).add_service(sessions).add_service(cluster)
     }
 
@@ -214,8 +215,10 @@ impl pb::sessions_server::Sessions for Service {
         let asked = request.into_inner();
         self.serve("sessions.allocate_segment", async {
             let index = SegmentIndex::new(asked.index);
-            let copysets =
-                self.sessions.allocate(VolumeId::new(asked.volume_id), Epoch::new(asked.epoch), index).await?;
+            let copysets = self
+                .sessions
+                .allocate(VolumeId::new(asked.volume_id), Epoch::new(asked.epoch), index)
+                .await?;
             Ok(segment(index, &copysets))
         })
         .await

@@ -113,8 +113,9 @@ impl Sessions {
             Some((volume, state.segments(id).map(|(index, of)| (index, of.to_vec())).collect::<Vec<_>>()))
         });
         // Segments allocated from here on need this epoch, so the list misses none.
-        let (volume, segments) =
-            rows.await?.ok_or_else(|| Refusal::not_found(format!("volume was deleted meanwhile: id={id}")))?;
+        let (volume, segments) = rows
+            .await?
+            .ok_or_else(|| Refusal::not_found(format!("volume was deleted meanwhile: id={id}")))?;
         tracing::info!(volume = %volume.name, %epoch, gateway = volume.session.as_ref().map(|s| s.gateway.as_str()), "session opened");
         Ok(Opened { volume, epoch, lease: self.context.config.lease, segments })
     }
@@ -123,7 +124,11 @@ impl Sessions {
     ///
     /// # Errors
     /// `Unavailable`; a lost session is an answer, not an error.
-    pub async fn renew(&self, gateway: &str, sessions: &[(VolumeId, Epoch)]) -> Result<Vec<Renewed>, Refusal> {
+    pub async fn renew(
+        &self,
+        gateway: &str,
+        sessions: &[(VolumeId, Epoch)],
+    ) -> Result<Vec<Renewed>, Refusal> {
         let judged = self.context.ledger.read(|state| {
             let judge = |(id, epoch): &(VolumeId, Epoch)| match state.volume(*id) {
                 Some(volume)
@@ -180,7 +185,12 @@ impl Sessions {
             true => Vec::new(),
             false => self.place(&slots).await?,
         };
-        match self.context.ledger.propose(Command::AllocateSegment { volume: id, epoch, index, copysets }).await? {
+        match self
+            .context
+            .ledger
+            .propose(Command::AllocateSegment { volume: id, epoch, index, copysets })
+            .await?
+        {
             Answer::Segment(copysets) => Ok(copysets),
             answer => Err(unexpected(&answer)),
         }
@@ -195,7 +205,9 @@ impl Sessions {
                 "the cluster has no copysets yet, start chunkservers in distinct zones: needed={}",
                 self.context.config.chunkservers_needed()
             ))),
-            count => Err(Refusal::no_space(format!("every copyset has a full member, add space: copysets={count}"))),
+            count => Err(Refusal::no_space(format!(
+                "every copyset has a full member, add space: copysets={count}"
+            ))),
         }
     }
 }
@@ -208,7 +220,8 @@ fn slots(state: &MetaState, topology: &Topology, now: Instant) -> Vec<Slot> {
         let held = shares.get(member).copied().unwrap_or(1).max(1) as u64;
         (topology.capacity(*member) / held).max(1)
     };
-    let usable = state.copysets().filter(|(_, copyset)| !copyset.members.iter().any(|id| topology.is_full(*id)));
+    let usable =
+        state.copysets().filter(|(_, copyset)| !copyset.members.iter().any(|id| topology.is_full(*id)));
     let slots: Vec<(bool, Slot)> = usable
         .map(|(id, copyset)| {
             let weight = copyset.members.iter().map(share).min().unwrap_or(1);

@@ -94,7 +94,11 @@ impl MetaState {
 
     /// The allocated segments of a volume, in order.
     pub fn segments(&self, volume: VolumeId) -> impl Iterator<Item = (SegmentIndex, &[CopysetId])> {
-        self.segments.get(&volume).into_iter().flatten().map(|(index, segment)| (*index, segment.0.as_slice()))
+        self.segments
+            .get(&volume)
+            .into_iter()
+            .flatten()
+            .map(|(index, segment)| (*index, segment.0.as_slice()))
     }
 
     /// Number of allocated segments of a volume.

@@ -108,7 +108,8 @@ impl Topology {
     /// A chunkserver was heard without a report: it registered.
     pub fn seen(&mut self, id: ChunkserverId, now: Instant) {
         let down_after = self.down_after;
-        let server = self.servers.entry(id).or_insert(Liveness { last_seen: now, up_since: now, report: None });
+        let server =
+            self.servers.entry(id).or_insert(Liveness { last_seen: now, up_since: now, report: None });
         if now.saturating_duration_since(server.last_seen) >= down_after {
             server.up_since = now;
         }

@@ -56,7 +56,8 @@ impl Volumes {
         if count >= VOLUMES_MAX {
             return Err(Refusal::no_space(format!("too many volumes, delete some: limit={VOLUMES_MAX}")));
         }
-        let command = Command::CreateVolume { name: name.clone(), size, block_size, on_unavailable, now_ms: unix_ms() };
+        let command =
+            Command::CreateVolume { name: name.clone(), size, block_size, on_unavailable, now_ms: unix_ms() };
         let answer = self.context.ledger.propose(command).await?;
         tracing::info!(%name, size, ?answer, "volume created");
         self.get(&name).await
@@ -127,8 +128,11 @@ impl Volumes {
                 info.lease_left.as_millis()
             )));
         }
-        let answer =
-            self.context.ledger.propose(Command::DeleteVolume { volume: volume.id, epoch: volume.epoch }).await?;
+        let answer = self
+            .context
+            .ledger
+            .propose(Command::DeleteVolume { volume: volume.id, epoch: volume.epoch })
+            .await?;
         debug_assert_eq!(answer, Answer::Done);
         self.context.leases().forget(volume.id, volume.epoch);
         tracing::info!(%name, id = %volume.id, "volume deleted");

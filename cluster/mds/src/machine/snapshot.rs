@@ -18,7 +18,7 @@ use std::sync::Arc;
 /// Versions of the dump, newest first. An unknown one is refused.
 ///
 /// - 1: the first.
-pub const DUMP_VERSIONS: &[u32] = &[1];
+pub(super) const DUMP_VERSIONS: &[u32] = &[1];
 
 /// Bytes of an item; raft takes at most 1 MiB.
 const ITEM_BYTES: usize = 1 << 20;
@@ -41,8 +41,11 @@ struct Manifest {
 /// The state as a dump.
 pub(super) fn dump(state: &MetaState, applied: Option<LogPosition>) -> Bytes {
     let row = |key| Some((key, serde_json::from_slice(&state.row(key)?).ok()?));
-    let dump =
-        Dump { v: DUMP_VERSIONS[0], applied: applied.map(Into::into), rows: state.keys().filter_map(row).collect() };
+    let dump = Dump {
+        v: DUMP_VERSIONS[0],
+        applied: applied.map(Into::into),
+        rows: state.keys().filter_map(row).collect(),
+    };
     serde_json::to_vec(&dump).expect("rows are JSON").into()
 }
 

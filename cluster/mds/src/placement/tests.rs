@@ -10,7 +10,13 @@ fn sites(per_zone: &[usize]) -> Vec<Site> {
     (1..).zip(zones).map(|(id, zone)| Site { id: ChunkserverId::new(id), zone }).collect()
 }
 
-fn plan(sites: &[Site], copysets: usize, replicas: usize, scatter_width: usize, seed: u64) -> Vec<Vec<ChunkserverId>> {
+fn plan(
+    sites: &[Site],
+    copysets: usize,
+    replicas: usize,
+    scatter_width: usize,
+    seed: u64,
+) -> Vec<Vec<ChunkserverId>> {
     let shape = Shape { copysets, replicas, scatter_width };
     plan_copysets(sites, shape, &mut StdRng::seed_from_u64(seed)).expect("enough zones")
 }

@@ -25,10 +25,12 @@ pub fn replacements(view: &View, limits: Limits, room: usize) -> Vec<Operator> {
         if operators.len() >= room {
             break;
         }
-        if copyset.leader.is_none() || copyset.replacing.is_some() || view.transfers.contains_key(&copyset.id) {
+        if copyset.leader.is_none() || copyset.replacing.is_some() || view.transfers.contains_key(&copyset.id)
+        {
             continue;
         }
-        let Some(remove) = copyset.members.iter().copied().find(|member| is_lost(view, *member, limits)) else {
+        let Some(remove) = copyset.members.iter().copied().find(|member| is_lost(view, *member, limits))
+        else {
             continue;
         };
         let staying: Vec<ChunkserverId> =

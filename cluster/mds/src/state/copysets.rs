@@ -77,8 +77,14 @@ impl MetaState {
         }
         for (number, Members(members)) in (1..).zip(copysets) {
             let id = CopysetId::new(number);
-            let row =
-                Copyset { members: members.clone(), led: false, term: 0, index: 0, replacing: None, chunks: 0 };
+            let row = Copyset {
+                members: members.clone(),
+                led: false,
+                term: 0,
+                index: 0,
+                replacing: None,
+                chunks: 0,
+            };
             self.copysets.insert(id, row);
             self.changed.insert(Key::Copyset(id));
         }

@@ -93,7 +93,10 @@ impl MetaState {
     fn derive(&mut self) -> Result<(), String> {
         for volume in self.volumes.values() {
             if let Some(other) = self.names.insert(volume.name.clone(), volume.id) {
-                return Err(format!("two volumes have one name: name={} ids={other},{}", volume.name, volume.id));
+                return Err(format!(
+                    "two volumes have one name: name={} ids={other},{}",
+                    volume.name, volume.id
+                ));
             }
         }
         let allocated = self.segments.values().flat_map(|of| of.values()).flat_map(|segment| &segment.0);

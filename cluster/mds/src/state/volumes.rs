@@ -159,7 +159,9 @@ impl MetaState {
         }
         if copysets.len() != SEGMENT_CHUNKS as usize {
             let count = copysets.len();
-            return Err(Refusal::internal(format!("a segment needs {SEGMENT_CHUNKS} copysets: count={count}")));
+            return Err(Refusal::internal(format!(
+                "a segment needs {SEGMENT_CHUNKS} copysets: count={count}"
+            )));
         }
         if let Some(unknown) = copysets.iter().find(|copyset| !self.copysets.contains_key(copyset)) {
             return Err(Refusal::internal(format!("no such copyset: copyset={unknown}")));
@@ -180,8 +182,10 @@ impl MetaState {
 
     /// The volume, to be changed.
     fn volume_mut(&mut self, id: VolumeId) -> Result<&mut Volume, Refusal> {
-        let volume =
-            self.volumes.get_mut(&id).ok_or_else(|| Refusal::not_found(format!("no such volume: id={id}")))?;
+        let volume = self
+            .volumes
+            .get_mut(&id)
+            .ok_or_else(|| Refusal::not_found(format!("no such volume: id={id}")))?;
         // Marked even if the caller refuses: writing an unchanged row is harmless.
         self.changed.insert(Key::Volume(id));
         Ok(volume)
