@@ -131,10 +131,7 @@ impl Group {
             return Ok(());
         }
         let nodes = members.iter().map(|node| (node.0, EmptyNode::new())).collect();
-        let outcome = self.member.replica.initialize(nodes).await;
-        // A leader that was bootstrapped first may have written to this replica in between.
-        let is_initialised = self.member.raft.borrow_watched().last_log_index.is_some();
-        if is_initialised { Ok(()) } else { outcome }
+        self.member.replica.initialize(nodes).await
     }
 
     /// Replicates a command and returns what `apply` answered here.

@@ -7,7 +7,7 @@ use std::io;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use openraft::errors::Fatal;
+use openraft::errors::{Fatal, InitializeError, RaftError as OpenraftError};
 use openraft::impls::EmptyNode;
 use openraft::raft::AppendEntriesResponse;
 use openraft::{ChangeMembers, LinearizerOption, Raft, Snapshot};
@@ -100,7 +100,11 @@ impl<S: StateMachine> Replica for Raft<TypeConfig, Adapter<S>> {
 
     fn initialize(&self, members: BTreeMap<u64, EmptyNode>) -> BoxFuture<'_, Result<(), RaftError>> {
         Box::pin(async move {
-            Raft::initialize(self, members).await.map_err(|e| RaftError::Refused(e.to_string()))
+            match Raft::initialize(self, members).await {
+                // A member that was bootstrapped first has already asked for a vote or sent its log.
+                Ok(()) | Err(OpenraftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+                Err(error) => Err(RaftError::Refused(error.to_string())),
+            }
         })
     }
 

@@ -1,0 +1,190 @@
+//! Replication as a whole: real hosts, real sockets, real logs on disk.
+
+mod machine;
+mod node;
+
+use std::collections::HashMap;
+
+use node::{Node, dirs, introduce, leader, three, until, write};
+use spline_raft::{NodeId, ProposeError, Role};
+
+#[test]
+fn a_write_reaches_every_replica_and_reads_need_the_leader() {
+    let dirs = dirs(3);
+    let nodes = three(&dirs);
+    let all: Vec<&Node> = nodes.iter().collect();
+    assert_eq!(write(&all, 1, "one"), 1);
+    assert_eq!(write(&all, 1, "two"), 2);
+    for node in &nodes {
+        until("a replica has the write", || (node.shared.value(1)? == "two").then_some(()));
+    }
+    let at = leader(&all);
+    for (i, node) in nodes.iter().enumerate() {
+        let group = node.group.clone();
+        let lease = node.run(async move { group.read_lease().await });
+        match lease {
+            Ok(lease) => assert!(i == at && lease.still_held()),
+            Err(error) => assert_eq!(error, ProposeError::NotLeader { leader: Some(nodes[at].id) }),
+        }
+    }
+}
+
+#[test]
+fn acked_is_durable_when_all_hosts_die_at_once() {
+    let dirs = dirs(3);
+    let nodes = three(&dirs);
+    for i in 0..50 {
+        let all: Vec<&Node> = nodes.iter().collect();
+        write(&all, i % 5, &format!("value {i}"));
+    }
+    let writes: u64 =
+        (0..5).map(|register| nodes[leader(&nodes.iter().collect::<Vec<_>>())].shared.writes(register)).sum();
+    assert_eq!(writes, 50);
+    let ids: Vec<(NodeId, _)> = nodes.into_iter().map(|node| (node.id, node.kill())).collect();
+    let nodes: Vec<Node> = ids
+        .into_iter()
+        .zip(&dirs)
+        .map(|((id, address), dir)| Node::start(dir.path().to_owned(), id, Some(address)))
+        .collect();
+    let all: Vec<&Node> = nodes.iter().collect();
+    introduce(&all);
+    let at = leader(&all);
+    for register in 0..5u64 {
+        assert_eq!(nodes[at].shared.value(register).unwrap(), format!("value {}", 45 + register).as_str());
+        assert_eq!(nodes[at].shared.writes(register), 10);
+    }
+}
+
+#[test]
+fn a_dead_leader_is_replaced_and_catches_up_by_log() {
+    let dirs = dirs(3);
+    let mut nodes = three(&dirs);
+    write(&nodes.iter().collect::<Vec<_>>(), 1, "before");
+    let at = leader(&nodes.iter().collect::<Vec<_>>());
+    let dead = nodes.remove(at);
+    let id = dead.id;
+    let address = dead.kill();
+    assert_eq!(write(&nodes.iter().collect::<Vec<_>>(), 1, "after"), 2);
+    let back = Node::start(dirs[at].path().to_owned(), id, Some(address));
+    nodes.push(back);
+    introduce(&nodes.iter().collect::<Vec<_>>());
+    until("the old leader has caught up", || (nodes[2].shared.value(1)? == "after").then_some(()));
+    assert_eq!(nodes[2].shared.writes(1), 2);
+}
+
+#[test]
+fn a_follower_behind_the_purged_log_gets_a_snapshot() {
+    let dirs = dirs(3);
+    let mut nodes = three(&dirs);
+    write(&nodes.iter().collect::<Vec<_>>(), 1, "before");
+    let at = leader(&nodes.iter().collect::<Vec<_>>());
+    let away = (at + 1) % 3;
+    let gone = nodes.remove(away);
+    let id = gone.id;
+    let address = gone.kill();
+    for i in 0..40 {
+        write(&nodes.iter().collect::<Vec<_>>(), 2 + i, "while away");
+    }
+    for node in &nodes {
+        let group = node.group.clone();
+        node.run(async move { group.checkpoint().await.unwrap() });
+    }
+    write(&nodes.iter().collect::<Vec<_>>(), 1, "after");
+    nodes.push(Node::start(dirs[away].path().to_owned(), id, Some(address)));
+    introduce(&nodes.iter().collect::<Vec<_>>());
+    until("the follower has the snapshot and the log after it", || {
+        let shared = &nodes[2].shared;
+        (shared.value(1)? == "after" && (0..40).all(|i| shared.writes(2 + i) == 1)).then_some(())
+    });
+}
+
+#[test]
+fn replay_after_a_checkpoint_is_idempotent() {
+    let dirs = dirs(1);
+    let start = |address| {
+        let node = Node::start(dirs[0].path().to_owned(), NodeId(1), address);
+        introduce(&[&node]);
+        node
+    };
+    let node = start(None);
+    let group = node.group.clone();
+    node.run(async move { group.bootstrap(&[NodeId(1)]).await.unwrap() });
+    for i in 0..10 {
+        assert_eq!(write(&[&node], 1, "x"), i + 1);
+    }
+    let group = node.group.clone();
+    node.run(async move { group.checkpoint().await.unwrap() });
+    for i in 10..20 {
+        assert_eq!(write(&[&node], 1, "y"), i + 1);
+    }
+    let address = node.kill();
+    let node = start(Some(address));
+    leader(&[&node]);
+    assert_eq!(node.shared.writes(1), 20);
+    assert_eq!(write(&[&node], 1, "z"), 21);
+}
+
+#[test]
+fn leadership_can_be_handed_over() {
+    let dirs = dirs(3);
+    let nodes = three(&dirs);
+    let all: Vec<&Node> = nodes.iter().collect();
+    write(&all, 1, "one");
+    let from = leader(&all);
+    let to = (from + 1) % 3;
+    let (group, target) = (nodes[from].group.clone(), nodes[to].id);
+    nodes[from].run(async move { group.transfer_leadership(target).await.unwrap() });
+    until("the new leader leads", || (leader(&all) == to).then_some(()));
+    assert_eq!(write(&all, 1, "two"), 2);
+}
+
+#[test]
+fn a_member_is_replaced_by_an_empty_newcomer() {
+    let dirs = dirs(4);
+    let mut nodes = three(&dirs);
+    write(&nodes.iter().collect::<Vec<_>>(), 1, "one");
+    let at = leader(&nodes.iter().collect::<Vec<_>>());
+    let away = (at + 1) % 3;
+    let gone = nodes.remove(away);
+    let removed = gone.id;
+    gone.kill();
+    nodes.push(Node::start(dirs[3].path().to_owned(), NodeId(9), None));
+    let all: Vec<&Node> = nodes.iter().collect();
+    introduce(&all);
+    until("the members are changed", || {
+        let node = &nodes[leader(&all)];
+        let group = node.group.clone();
+        node.run(async move { group.change_members(&[NodeId(9)], &[removed]).await.ok() })
+    });
+    until("the newcomer votes and has the data", || {
+        let status = nodes[2].group.status();
+        let votes = status.voters.contains(&NodeId(9)) && !status.voters.contains(&removed);
+        (votes && nodes[2].shared.value(1)? == "one").then_some(())
+    });
+    assert_eq!(write(&all, 1, "two"), 2);
+}
+
+#[test]
+fn a_cut_off_leader_refuses_reads_and_the_rest_elect() {
+    let dirs = dirs(3);
+    let nodes = three(&dirs);
+    let all: Vec<&Node> = nodes.iter().collect();
+    write(&all, 1, "one");
+    let at = leader(&all);
+    let group = nodes[at].group.clone();
+    let lease = nodes[at].run(async move { group.read_lease().await.unwrap() });
+    // Nobody reaches the leader, and it reaches nobody.
+    nodes[at].host.set_addresses(HashMap::new());
+    let others: Vec<&Node> = all.iter().copied().filter(|node| node.id != nodes[at].id).collect();
+    introduce(&others);
+    until("the lease runs out", || (!lease.still_held()).then_some(()));
+    let group = nodes[at].group.clone();
+    let read = nodes[at].run(async move { group.read_lease().await });
+    assert!(matches!(read, Err(ProposeError::NotLeader { .. })), "{read:?}");
+    assert_eq!(write(&others, 1, "two"), 2);
+    assert!(!lease.still_held());
+    introduce(&all);
+    until("the old leader follows", || {
+        (nodes[at].role() == Role::Follower && nodes[at].shared.value(1)? == "two").then_some(())
+    });
+}
