@@ -20,6 +20,13 @@ pub struct Limits {
     pub bytes: u64,
 }
 
+impl Limits {
+    /// Whether a request of `more` bytes fits beside what is there. Requests without data need no bytes.
+    fn admit(self, (requests, bytes): (usize, u64), more: u64) -> bool {
+        requests == 0 || (requests < self.requests && (more == 0 || bytes + more <= self.bytes))
+    }
+}
+
 /// One request of a guest.
 #[derive(Debug)]
 pub struct Entry<C> {
@@ -98,9 +105,7 @@ impl<C> Inflight<C> {
 
     /// Whether one more request fits.
     pub fn has_room(&self, op: BlockOp, range: ByteRange) -> bool {
-        self.entries.is_empty()
-            || (self.entries.len() < self.limits.requests
-                && self.bytes + data_bytes(op, range) <= self.limits.bytes)
+        self.limits.admit((self.entries.len(), self.bytes), data_bytes(op, range))
     }
 
     /// Takes in a request; the caller has asked [`has_room`](Self::has_room). It is sent after all that came before.
@@ -127,7 +132,7 @@ impl<C> Inflight<C> {
         let id = *self.waiting.front()?;
         let entry = self.entries.get_mut(&id)?;
         let bytes = data_bytes(entry.request.op, entry.request.range);
-        if self.sent > 0 && (self.sent >= window.requests || self.sent_bytes + bytes > window.bytes) {
+        if !window.admit((self.sent, self.sent_bytes), bytes) {
             return None;
         }
         self.waiting.pop_front();

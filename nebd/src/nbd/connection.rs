@@ -180,7 +180,10 @@ impl Connection {
     /// # Errors
     /// The connection is to be cut.
     pub fn resume(&mut self, volume: &mut Volume) -> Result<(), Cut> {
-        self.stalled = false;
+        self.stalled = self.out.bytes() > UNSENT_MAX;
+        if self.stalled {
+            return Ok(());
+        }
         if let Some(incoming) = self.parked.take() {
             self.submit(volume, incoming);
         }

@@ -198,7 +198,14 @@ impl Transmission {
             return (REQUEST_BYTES, Event::Disconnect);
         }
         match self.check(&raw, export) {
-            Err(fault) => (REQUEST_BYTES, self.refuse(&raw, fault)),
+            Err(fault) => match self.refuse(&raw, fault) {
+                // A refused write's data is behind it.
+                Event::NeedMore => {
+                    let (taken, event) = self.advance(&input[REQUEST_BYTES..], export, room);
+                    (REQUEST_BYTES + taken, event)
+                }
+                event => (REQUEST_BYTES, event),
+            },
             Ok((ticket, _)) if ticket.range.is_empty() && ticket.op != BlockOp::Flush => {
                 (REQUEST_BYTES, Event::Nothing(ticket))
             }

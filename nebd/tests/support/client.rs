@@ -6,13 +6,13 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-pub struct Client {
-    pub stream: UnixStream,
+pub(crate) struct Client {
+    pub(crate) stream: UnixStream,
 }
 
 impl Client {
     /// Connects and enters the transmission phase by EXPORT_NAME.
-    pub fn connect(path: &Path) -> Self {
+    pub(crate) fn connect(path: &Path) -> Self {
         let mut client = Self::knock(path);
         client.stream.write_all(&3u32.to_be_bytes()).expect("writes");
         client.stream.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").expect("writes");
@@ -22,7 +22,7 @@ impl Client {
     }
 
     /// Connects and reads the greeting.
-    pub fn knock(path: &Path) -> Self {
+    pub(crate) fn knock(path: &Path) -> Self {
         let mut stream = UnixStream::connect(path).expect("connects");
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("sets");
         let mut greeting = [0; 18];
@@ -31,17 +31,17 @@ impl Client {
         Self { stream }
     }
 
-    pub fn send(&mut self, command: u16, cookie: u64, offset: u64, length: u32) {
+    pub(crate) fn send(&mut self, command: u16, cookie: u64, offset: u64, length: u32) {
         self.stream.write_all(&request(command, cookie, offset, length)).expect("writes");
     }
 
-    pub fn write(&mut self, cookie: u64, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&mut self, cookie: u64, offset: u64, data: &[u8]) {
         self.send(CMD_WRITE, cookie, offset, data.len() as u32);
         self.stream.write_all(data).expect("writes");
     }
 
     /// Cookie and error of the next simple reply.
-    pub fn reply(&mut self) -> (u64, u32) {
+    pub(crate) fn reply(&mut self) -> (u64, u32) {
         let mut head = [0; 16];
         self.stream.read_exact(&mut head).expect("a reply comes");
         assert_eq!(head[..4], SIMPLE_REPLY_MAGIC.to_be_bytes());
@@ -50,7 +50,7 @@ impl Client {
         (cookie, error)
     }
 
-    pub fn read(&mut self, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    pub(crate) fn read(&mut self, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
         self.send(CMD_READ, cookie, offset, length);
         assert_eq!(self.reply(), (cookie, 0));
         let mut data = vec![0; length as usize];
@@ -59,7 +59,7 @@ impl Client {
     }
 
     /// Waits until the server closes, and answers how many bytes came before.
-    pub fn closed(&mut self) -> usize {
+    pub(crate) fn closed(&mut self) -> usize {
         let mut rest = Vec::new();
         // A reset is as much an end as a close.
         let _ = self.stream.read_to_end(&mut rest);
@@ -67,7 +67,7 @@ impl Client {
     }
 }
 
-pub fn request(command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+pub(crate) fn request(command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
     let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
     bytes.extend_from_slice(&[0, 0]);
     bytes.extend_from_slice(&command.to_be_bytes());

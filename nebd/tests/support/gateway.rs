@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// What the gateway does with requests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Manner {
+pub(crate) enum Manner {
     Answer,
     /// Takes requests and says nothing.
     Hold,
@@ -28,14 +28,14 @@ pub enum Manner {
 }
 
 #[derive(Debug)]
-pub struct Control {
-    pub manner: Manner,
-    pub refuse: Option<Refusal>,
-    pub on_unavailable: OnUnavailable,
-    pub links: Vec<Mode>,
+pub(crate) struct Control {
+    pub(crate) manner: Manner,
+    pub(crate) refuse: Option<Refusal>,
+    pub(crate) on_unavailable: OnUnavailable,
+    pub(crate) links: Vec<Mode>,
     /// Link number and request, as they came.
-    pub received: Vec<(usize, BlockRequest)>,
-    pub detached: bool,
+    pub(crate) received: Vec<(usize, BlockRequest)>,
+    pub(crate) detached: bool,
     epoch: u64,
     image: Vec<u8>,
     streams: Vec<UnixStream>,
@@ -43,7 +43,7 @@ pub struct Control {
 }
 
 #[derive(Clone)]
-pub struct FakeGateway {
+pub(crate) struct FakeGateway {
     path: PathBuf,
     shared: Arc<(Mutex<Control>, Condvar)>,
 }
@@ -52,7 +52,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 impl FakeGateway {
     /// A gateway that does not listen yet.
-    pub fn new(path: &Path, size: u64) -> Self {
+    pub(crate) fn new(path: &Path, size: u64) -> Self {
         let control = Control {
             manner: Manner::Answer,
             refuse: None,
@@ -69,7 +69,7 @@ impl FakeGateway {
     }
 
     /// Listens; after a [`kill`](Self::kill) this is the next gateway.
-    pub fn listen(&self) {
+    pub(crate) fn listen(&self) {
         let _ = std::fs::remove_file(&self.path);
         let listener = UnixListener::bind(&self.path).expect("binds");
         self.lock().dead = false;
@@ -90,7 +90,7 @@ impl FakeGateway {
     }
 
     /// Dies as by kill -9: every link drops, nobody listens.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         let mut control = self.lock();
         control.dead = true;
         for stream in control.streams.drain(..) {
@@ -101,12 +101,12 @@ impl FakeGateway {
         let _ = std::fs::remove_file(&self.path);
     }
 
-    pub fn lock(&self) -> MutexGuard<'_, Control> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Control> {
         self.shared.0.lock().expect("no test thread panicked")
     }
 
     /// Waits until `holds` is true.
-    pub fn wait(&self, what: &str, mut holds: impl FnMut(&Control) -> bool) {
+    pub(crate) fn wait(&self, what: &str, mut holds: impl FnMut(&Control) -> bool) {
         let guard = self.lock();
         let (_guard, late) =
             self.shared.1.wait_timeout_while(guard, PATIENCE, |control| !holds(control)).expect("no panic");
@@ -114,7 +114,7 @@ impl FakeGateway {
     }
 
     /// Sends a message without a payload on every link.
-    pub fn say(&self, message: &Message) {
+    pub(crate) fn say(&self, message: &Message) {
         let bytes = Header::bare(message.clone()).encode();
         for stream in &mut self.lock().streams {
             stream.write_all(&bytes).expect("writes");

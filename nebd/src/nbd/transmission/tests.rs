@@ -33,11 +33,7 @@ fn request(command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
 fn judge(agreed: Agreed, export: &Export, head: &[u8], payload: usize) -> Event {
     let mut machine = Transmission::new(agreed);
     let bytes = [head, &vec![7; payload]].concat();
-    let (mut used, mut event) = machine.advance(&bytes, export, ROOM);
-    if event == Event::NeedMore && used < bytes.len() {
-        let (more, next) = machine.advance(&bytes[used..], export, ROOM);
-        (used, event) = (used + more, next);
-    }
+    let (used, event) = machine.advance(&bytes, export, ROOM);
     if !matches!(event, Event::Full | Event::Violation(_)) {
         assert_eq!(used, bytes.len(), "the stream stays in step");
     }
