@@ -6,11 +6,11 @@
 //! nebd processes are left alone by a crash of this one: the next start finds and keeps them, and their guests see
 //! only latency. A clean stop ends them.
 
-mod check;
-mod exports;
-mod instructions;
-mod parts;
-mod state;
+pub mod check;
+pub mod exports;
+pub mod instructions;
+pub mod parts;
+pub mod state;
 
 use crate::args;
 use crate::mds::MdsClient;
