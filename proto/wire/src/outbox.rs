@@ -53,13 +53,15 @@ pub struct Outbox(Arc<Handle>);
 #[derive(Debug)]
 struct Handle(Arc<Shared>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
     queue: Mutex<Queue>,
     /// Wakes the writer.
     work: Notify,
-    /// Wakes senders that wait for room, and those that wait for the end.
+    /// Wakes senders that wait for room.
     room: Notify,
+    /// Wakes those that wait for the end.
+    end: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -118,7 +120,7 @@ impl Batch {
 impl Outbox {
     /// Starts the writer task of `writer`. Must be called inside a tokio runtime.
     pub fn start(writer: impl AsyncWrite + Send + Unpin + 'static) -> Self {
-        let shared = Arc::new(Shared { queue: Mutex::default(), work: Notify::new(), room: Notify::new() });
+        let shared = Arc::new(Shared::default());
         tokio::spawn(run(writer, Closing(shared.clone())));
         Self(Arc::new(Handle(shared)))
     }
@@ -169,16 +171,10 @@ impl Outbox {
 
     /// Waits until the write half is gone.
     pub async fn closed(&self) {
-        loop {
-            let change = {
-                let mut queue = self.0.0.lock();
-                if queue.closed {
-                    return;
-                }
-                queue.sender_waits = true;
-                self.0.0.room.notified()
-            };
-            change.await;
+        // Made before the look, so that no change is missed.
+        let end = self.0.0.end.notified();
+        if !self.is_closed() {
+            end.await;
         }
     }
 
@@ -282,6 +278,7 @@ impl Drop for Closing {
             std::mem::take(&mut queue.batch)
         };
         self.0.room.notify_waiters();
+        self.0.end.notify_waiters();
         drop(dropped);
     }
 }

@@ -188,7 +188,7 @@ impl Mds {
                 }
                 Err(status) => status,
             };
-            if !unreachable(status.code()) {
+            if !unreachable(&status) {
                 self.metrics.mds_called(call, "refused");
                 self.preferred.store(place, Ordering::Relaxed);
                 return Err(refused(&server.address, &status));
@@ -211,9 +211,11 @@ const fn session_ref(volume: VolumeId, epoch: Epoch) -> pb::SessionRef {
     pb::SessionRef { volume_id: volume.get(), epoch: epoch.get() }
 }
 
-/// Whether another server may do better: this one is gone, slow, or not the leader of its group.
-const fn unreachable(code: Code) -> bool {
-    matches!(code, Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Aborted)
+/// Whether another server may do better: this one is gone, slow, or not the leader of its group. A status with a
+/// source was made on this side, of a connection that broke; its code may be any.
+fn unreachable(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Aborted)
+        || std::error::Error::source(status).is_some()
 }
 
 fn refused(address: &str, status: &Status) -> MetaError {
