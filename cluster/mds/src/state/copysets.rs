@@ -42,8 +42,12 @@ impl MetaState {
     }
 
     pub(super) fn move_chunkserver(&mut self, id: ChunkserverId, address: &str) -> Outcome {
-        if !self.chunkservers.contains_key(&id) {
-            return Err(Refusal::not_found(format!("no such chunkserver: id={id}")));
+        match self.chunkservers.get(&id) {
+            None => return Err(Refusal::not_found(format!("no such chunkserver: id={id}"))),
+            Some(server) if server.gone => {
+                return Err(Refusal::precondition(format!("chunkserver is gone, register again: id={id}")));
+            }
+            Some(_) => {}
         }
         self.leave_address(address, id, false);
         if let Some(server) = self.chunkservers.get_mut(&id) {

@@ -195,6 +195,8 @@ fn a_new_store_at_an_old_address_makes_the_old_one_gone() {
     assert_eq!(state.apply(&register(9, 6801)), Ok(Answer::Chunkserver(server(5))));
     let old = state.chunkserver(server(1)).expect("kept");
     assert!(old.gone && old.address.is_none());
+    let walk = Command::MoveChunkserver { chunkserver: server(1), address: "127.0.0.1:6950".into() };
+    assert_eq!(kind(state.apply(&walk)), RefusalKind::Precondition, "only registering brings it back");
     assert_eq!(state.apply(&register(9, 6801)), Ok(Answer::Chunkserver(server(5))), "same store, same id");
     // The old store is found again elsewhere: its data is back.
     assert_eq!(state.apply(&register(1, 6900)), Ok(Answer::Chunkserver(server(1))));
