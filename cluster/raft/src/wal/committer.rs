@@ -91,6 +91,7 @@ impl Committer {
             reserve: self.shared.config.reserve_bytes(),
             batch: self.shared.config.batch_bytes,
             can_roll: !state.segments.ready.is_empty(),
+            scarce: state.segments.blocked,
         }
     }
 

@@ -2,8 +2,9 @@
 //!
 //! Called by the log's state and the committer. Pure: knows no file and no lock.
 //!
-//! `log_before_chunk`, order: records of one group are never reordered, with one exception while no room is left: a purge
-//! may pass entries behind it that it does not concern, because purges are what makes room.
+//! Order: the log holds records in the order in which they were queued. Only while the disk is full may a record pass
+//! those of other groups that do not fit, and a purge also its own group's entries that it does not concern, because purges
+//! are what makes room.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -44,6 +45,8 @@ pub(super) struct Room {
     pub(super) batch: u64,
     /// Whether a next segment is ready.
     pub(super) can_roll: bool,
+    /// No next segment can be made now: what fits may pass other groups' records that do not.
+    pub(super) scarce: bool,
 }
 
 impl Room {
@@ -96,10 +99,10 @@ impl Queue {
                 break;
             }
             if !room.fits(op, used) {
-                match (taken.is_empty(), room.can_roll) {
-                    (true, true) => return Pick::Roll,
-                    (true, false) => return self.pick_what_fits(room),
-                    (false, _) => break,
+                match taken.is_empty() {
+                    true if room.can_roll => return Pick::Roll,
+                    true if room.scarce => return self.pick_what_fits(room),
+                    _ => break,
                 }
             }
             used += op.length;
@@ -185,7 +188,7 @@ mod tests {
     fn rolls_when_the_next_record_does_not_fit_and_closes_batches_by_bytes() {
         let mut queue = Queue::default();
         (0..4).for_each(|index| queue.push(entry(1, index, 968)));
-        let room = Room { bytes: 1 << 20, reserve: 0, batch: 2500, can_roll: true };
+        let room = Room { bytes: 1 << 20, reserve: 0, batch: 2500, can_roll: true, scarce: false };
         assert_eq!(taken(queue.pick(room)).len(), 2);
         assert!(matches!(queue.pick(Room { bytes: 512, ..room }), Pick::Roll));
         assert_eq!(taken(queue.pick(room)).len(), 2);
@@ -206,11 +209,18 @@ mod tests {
         queue.push(entry(4, 7, 4000));
         queue.push(op(4, Record::Truncate(7)));
         queue.push(op(4, Record::Purge(6, state.clone())));
-        let room = Room { bytes: 4096, reserve: 2048, batch: 1 << 20, can_roll: false };
+        let room = Room { bytes: 4096, reserve: 2048, batch: 1 << 20, can_roll: false, scarce: true };
         let expected = vec![(2, Record::Vote(state.clone())), (3, Record::Purge(6, state))];
         assert_eq!(taken(queue.pick(room)), expected);
         assert!(matches!(queue.pick(room), Pick::Nothing));
-        let kept = taken(queue.pick(Room { bytes: 1 << 20, reserve: 0, batch: 1 << 20, can_roll: false }));
+        assert!(matches!(queue.pick(Room { scarce: false, ..room }), Pick::Nothing));
+        let kept = taken(queue.pick(Room {
+            bytes: 1 << 20,
+            reserve: 0,
+            batch: 1 << 20,
+            can_roll: false,
+            scarce: true,
+        }));
         assert_eq!(kept.iter().map(|(group, _)| *group).collect::<Vec<_>>(), [1, 1, 1, 3, 4, 4, 4]);
         assert_eq!(queue.bytes(), 0);
     }

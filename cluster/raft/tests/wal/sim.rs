@@ -58,6 +58,10 @@ impl SimDisk {
         self.0.lock().unwrap().cut = Some((after, mask));
     }
 
+    pub(crate) fn is_off(&self) -> bool {
+        self.0.lock().unwrap().off
+    }
+
     pub(crate) fn set_room(&self, files: usize) {
         self.0.lock().unwrap().room = files;
     }
@@ -152,7 +156,8 @@ impl DiskFile for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let power = self.disk.0.lock().unwrap();
         let file = power.image.get(&self.name).ok_or(io::ErrorKind::NotFound)?;
-        let part = file.get(offset as usize..offset as usize + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let part =
+            file.get(offset as usize..offset as usize + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         buffer.copy_from_slice(part);
         Ok(())
     }
