@@ -180,7 +180,7 @@ pub fn encode_extents(extents: &[Extent]) -> Bytes {
     let mut payload = BytesMut::with_capacity(extents.len() * EXTENT_BYTES);
     for extent in extents {
         payload.put_u32_le(u32::try_from(extent.length).unwrap_or(u32::MAX));
-        payload.put_u32_le(HOLE * u32::from(extent.hole) | ZERO * u32::from(extent.zero));
+        payload.put_u32_le((HOLE * u32::from(extent.hole)) | (ZERO * u32::from(extent.zero)));
     }
     payload.freeze()
 }
@@ -224,7 +224,7 @@ fn u32_at(bytes: &[u8; REQUEST_BYTES], at: usize) -> u32 {
 }
 
 fn u64_at(bytes: &[u8; REQUEST_BYTES], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+    u64::from(u32_at(bytes, at)) | (u64::from(u32_at(bytes, at + 4)) << 32)
 }
 
 #[cfg(test)]
