@@ -64,7 +64,7 @@ impl WalConfig {
     /// Refuses what cannot work.
     pub(super) fn check(&self) -> Result<(), WalError> {
         let rules = [
-            (self.segment_bytes % 4096 == 0, "segment_bytes must be a multiple of 4096"),
+            (self.segment_bytes.is_multiple_of(4096), "segment_bytes must be a multiple of 4096"),
             (self.segment_bytes >= 16 << 10, "segment_bytes must be at least 16384"),
             (self.segment_bytes <= 1 << 30, "segment_bytes must be at most 1 GiB"),
             (self.spare_segments >= 1, "spare_segments must be at least 1"),

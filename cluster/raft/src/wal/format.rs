@@ -139,7 +139,7 @@ impl BatchHeader {
             oldest: u64_at(bytes, 40),
         };
         let length = header.length as usize;
-        let whole = length >= SECTOR && length % SECTOR == 0 && length <= bytes.len();
+        let whole = length >= SECTOR && length.is_multiple_of(SECTOR) && length <= bytes.len();
         (whole && u32_at(bytes, 4) == crc32c(&bytes[8..length])).then_some(header)
     }
 }
@@ -219,6 +219,11 @@ impl Record {
         let crc = crc32c(&bytes[4..]);
         bytes[0..4].copy_from_slice(&crc.to_le_bytes());
     }
+}
+
+/// Bytes of an entry in a batch.
+pub fn entry_length(entry: &WalEntry) -> usize {
+    RECORD_HEADER + entry.header.len() + entry.command.meta.len() + entry.command.payload.len()
 }
 
 /// A record found in a batch; `bytes` are the whole record.

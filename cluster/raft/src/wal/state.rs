@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::cache::{Line, TailCache};
 use super::config::{WalConfig, WalDone, WalEntry};
-use super::format::Record;
+use super::format::{Record, entry_length};
 use super::group::{Group, Location, Slot, cost};
 use super::metrics::Metrics;
 use super::queue::{Op, Queue};
@@ -161,7 +161,7 @@ impl State {
         }
         let mut bytes = self.queue.bytes();
         for (expected, entry) in (first.index..).zip(entries) {
-            let length = Record::Entry(entry.clone()).encoded_length() as u64;
+            let length = entry_length(entry) as u64;
             bytes += length;
             if entry.index != expected || length > config.max_entry_bytes() {
                 let limit = config.max_entry_bytes();

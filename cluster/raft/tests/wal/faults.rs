@@ -89,7 +89,6 @@ fn a_purge_makes_room_while_entries_wait_for_it() {
             }
         }
     }
-    // Another group's vote finds room even when entries wait.
     wal.close();
     let (wal, recovered) = open(&SimDisk::new(disk.image()), config()).unwrap();
     assert_eq!(Model::of(&wal, &recovered).next(1), 60);

@@ -163,7 +163,8 @@ impl DiskFile for SimFile {
     }
 
     fn write_durable(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        assert!(bytes.len() % 512 == 0 && offset % 512 == 0 && bytes.as_ptr() as usize % 4096 == 0);
+        assert!(bytes.as_ptr().addr().is_multiple_of(4096));
+        assert!(bytes.len().is_multiple_of(512) && offset.is_multiple_of(512));
         let mut power = self.disk.0.lock().unwrap();
         let torn = power.step()?;
         if std::mem::take(&mut power.fail_next_write) {
