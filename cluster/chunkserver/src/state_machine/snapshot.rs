@@ -27,7 +27,7 @@ use spline_types::{ChunkId, CopysetId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// Versions of manifest and items, newest first.
@@ -42,6 +42,9 @@ const PIECE_BLOCKS: u32 = CHUNK_BLOCKS / PIECES;
 pub const INCOMING: &str = "incoming";
 /// Bytes of a chunk's entry in a manifest.
 const ENTRY_BYTES: usize = 32;
+
+/// A block on its way: number, checksum, bytes.
+type BlockRef<'a> = (u32, u32, &'a [u8]);
 
 /// One chunk of a manifest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,7 +132,7 @@ fn encode_item(blocks: &[(u32, u32, Vec<u8>)]) -> Bytes {
     out.into()
 }
 
-fn decode_item(mut item: &[u8], piece: u32) -> Result<Vec<(u32, u32, &[u8])>, String> {
+fn decode_item(mut item: &[u8], piece: u32) -> Result<Vec<BlockRef<'_>>, String> {
     let count = take_count(&mut item, 8 + CHUNK_BLOCK_BYTES as usize)?;
     let (mut heads, data) = item.split_at(count * 8);
     if data.len() != count * CHUNK_BLOCK_BYTES as usize {
@@ -311,7 +314,7 @@ fn begin(shared: &Shared, manifest: Manifest) -> io::Result<(Gathering, Vec<u32>
         }
         let file = new_file(shared, &path)?;
         gathering.partial.insert(entry.id, (Arc::new(Chunk::fresh(entry.id, file)), entry.pieces));
-        let pieces = (0..PIECES).filter(|piece| entry.pieces >> piece & 1 == 1);
+        let pieces = (0..PIECES).filter(|piece| (entry.pieces >> piece) & 1 == 1);
         wanted.extend(pieces.map(|piece| number * PIECES + piece));
     }
     for id in left {
@@ -349,7 +352,7 @@ fn reopen(id: ChunkId, path: &Path) -> io::Result<Chunk> {
     Chunk::open(id, file, false).map_err(to_io)
 }
 
-fn new_file(shared: &Shared, path: &PathBuf) -> io::Result<File> {
+fn new_file(shared: &Shared, path: &Path) -> io::Result<File> {
     shared.store.disk().pool.take(path, true).map_err(to_io)
 }
 

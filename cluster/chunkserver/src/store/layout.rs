@@ -53,7 +53,7 @@ impl Bitmap {
 
     /// Whether `block` is allocated.
     pub fn get(&self, block: u32) -> bool {
-        self.0[block as usize / 64] >> (block % 64) & 1 == 1
+        (self.0[block as usize / 64] >> (block % 64)) & 1 == 1
     }
 
     /// Marks `block` allocated or not.
