@@ -96,6 +96,19 @@ pub trait Engine: Send + Sync + 'static {
     fn close(&self) -> BoxFuture<'_, ()>;
 }
 
+/// Where engines come from.
+pub(crate) trait Opener: Send + Sync + 'static {
+    /// Opens a volume; for reading only if it can not be written and `read_only` says that nobody wants to.
+    fn open<'a>(
+        &'a self,
+        name: &'a VolumeName,
+        read_only: bool,
+    ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>>;
+
+    /// Ends what runs for all engines. Every volume has been closed.
+    fn stop(&self);
+}
+
 /// Opens volumes by name: `file:/abs/path` by the file engine, every other name by the cluster.
 pub(crate) struct Engines {
     cluster: Option<Cluster>,
@@ -116,30 +129,32 @@ impl Engines {
             files: Arc::new(file::Files::new(config.file_roots.clone(), config.file_io, buffers)),
         }
     }
+}
 
-    /// Opens a volume; for reading only if it can not be written and nobody wants to.
-    pub(crate) async fn open(
-        &self,
-        name: &VolumeName,
+impl Opener for Engines {
+    fn open<'a>(
+        &'a self,
+        name: &'a VolumeName,
         read_only: bool,
-    ) -> Result<Arc<dyn Engine>, OpenError> {
-        if let Some(path) = name.as_str().strip_prefix("file:") {
-            let (files, path) = (Arc::clone(&self.files), PathBuf::from(path));
-            let opened = tokio::task::spawn_blocking(move || files.open(&path, read_only)).await;
-            let opened =
-                opened.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))?;
-            return Ok(Arc::new(opened?));
-        }
-        match &self.cluster {
-            Some(cluster) => Ok(cluster.open(name).await?),
-            None => Err(OpenError::NotFound(format!(
-                "this gateway serves files only: volume={name}; set mds in its config to serve the cluster"
-            ))),
-        }
+    ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
+        Box::pin(async move {
+            if let Some(path) = name.as_str().strip_prefix("file:") {
+                let (files, path) = (Arc::clone(&self.files), PathBuf::from(path));
+                let opened = tokio::task::spawn_blocking(move || files.open(&path, read_only)).await;
+                let opened =
+                    opened.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))?;
+                return Ok(Arc::new(opened?) as Arc<dyn Engine>);
+            }
+            match &self.cluster {
+                Some(cluster) => cluster.open(name).await,
+                None => Err(OpenError::NotFound(format!(
+                    "this gateway serves files only: volume={name}; set mds in its config to serve the cluster"
+                ))),
+            }
+        })
     }
 
-    /// Ends what runs for all engines. Every volume has been closed.
-    pub(crate) fn stop(&self) {
+    fn stop(&self) {
         if let Some(cluster) = &self.cluster {
             cluster.stop();
         }

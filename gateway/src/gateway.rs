@@ -61,7 +61,8 @@ impl Gateway {
             bytes: config.inflight_bytes.0,
             grace: config.session_grace,
         };
-        let registry = Arc::new(Registry::new(engines, limits, Arc::clone(&counts), leaving.clone()));
+        let registry =
+            Arc::new(Registry::new(Box::new(engines), limits, Arc::clone(&counts), leaving.clone()));
         let shared = Arc::new(Links {
             registry: Arc::clone(&registry),
             metrics: counts,

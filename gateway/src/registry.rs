@@ -4,7 +4,7 @@
 //! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others.
 
 use crate::admission::Admission;
-use crate::engine::{Engines, OpenError};
+use crate::engine::{OpenError, Opener};
 use crate::metrics::Metrics;
 use crate::session::{Membership, Session};
 use spline_link::InstanceId;
@@ -33,7 +33,7 @@ pub(crate) struct SessionLimits {
 
 /// All sessions of a gateway.
 pub(crate) struct Registry {
-    engines: Engines,
+    engines: Box<dyn Opener>,
     limits: SessionLimits,
     metrics: Arc<Metrics>,
     /// Cancelled when the gateway leaves.
@@ -44,7 +44,7 @@ pub(crate) struct Registry {
 
 impl Registry {
     pub(crate) fn new(
-        engines: Engines,
+        engines: Box<dyn Opener>,
         limits: SessionLimits,
         metrics: Arc<Metrics>,
         leaving: CancellationToken,

@@ -1,1 +1,231 @@
+//! The file engine over real files, by ring and by threads, direct and buffered.
 
+use super::*;
+use crate::config::FileIo;
+use crate::engine::OpenError;
+use proptest::prelude::*;
+use spline_types::RequestId;
+use std::path::Path;
+
+const SIZE: u64 = 4 << 20;
+
+fn image(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::File::create(&path).expect("creates").set_len(SIZE).expect("sizes");
+    path
+}
+
+fn files(root: &Path, io: FileIo) -> Files {
+    Files::new(vec![root.to_owned()], io, BufferPool::new())
+}
+
+fn request(op: BlockOp, offset: u64, length: u64) -> BlockRequest {
+    BlockRequest {
+        id: RequestId::new(1),
+        op,
+        range: ByteRange::new(offset, length).expect("fits"),
+        fua: false,
+    }
+}
+
+async fn read(engine: &FileEngine, offset: u64, length: u64) -> Vec<u8> {
+    match engine.execute(request(BlockOp::Read, offset, length), Bytes::new()).await {
+        Ok(EngineAnswer::Data(parts)) => parts.concat(),
+        other => panic!("read answered {other:?}"),
+    }
+}
+
+async fn write(engine: &FileEngine, offset: u64, data: Vec<u8>) {
+    let written = engine.execute(request(BlockOp::Write, offset, data.len() as u64), data.into()).await;
+    assert_eq!(written, Ok(EngineAnswer::Done));
+}
+
+/// Every way in which a file can be served here.
+fn engines(dir: &Path) -> Vec<(&'static str, PathBuf, FileEngine)> {
+    let ring = |files: &Arc<Descriptors>| Ring::start(files).map(Executor::Ring);
+    let threads = |files: &Arc<Descriptors>| Threads::start(files).map(Executor::Threads);
+    let mut engines = Vec::new();
+    for (io, io_name) in [(FileIo::Direct, "direct"), (FileIo::Buffered, "buffered")] {
+        let path = image(dir, &format!("ring-{io_name}"));
+        // A sandbox may forbid io_uring; then the threads are what serves, and what is tested.
+        match files(dir, io).open_with(&path, false, ring) {
+            Ok(engine) => engines.push(("ring", path, engine)),
+            Err(error) => eprintln!("no io_uring here: {error}"),
+        }
+        let path = image(dir, &format!("threads-{io_name}"));
+        engines.push((
+            "threads",
+            path.clone(),
+            files(dir, io).open_with(&path, false, threads).expect("opens"),
+        ));
+    }
+    engines
+}
+
+#[tokio::test]
+async fn what_is_written_is_read() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for (way, path, engine) in engines(dir.path()) {
+        write(&engine, 8192, vec![1; 8192]).await;
+        write(&engine, 8192 + 511, vec![2; 1026]).await;
+        let durable = BlockRequest { fua: true, ..request(BlockOp::Write, 4096, 4096) };
+        let payload = Bytes::from(vec![3; 4096]);
+        assert_eq!(engine.execute(durable, payload).await, Ok(EngineAnswer::Done), "{way}");
+        let data = read(&engine, 4096, 12288).await;
+        let expected = [vec![3; 4096], vec![1; 511], vec![2; 1026], vec![1; 8192 - 511 - 1026]].concat();
+        assert!(data == expected, "{way} reads something else");
+        assert!(read(&engine, 8191, 3).await == [3, 1, 1], "{way}");
+        assert_eq!(engine.execute(request(BlockOp::Flush, 0, 0), Bytes::new()).await, Ok(EngineAnswer::Done));
+        engine.close().await;
+        assert!(std::fs::read(&path).expect("reads")[4096..16384] == expected, "{way}");
+        let late = engine.execute(request(BlockOp::Read, 0, 512), Bytes::new()).await;
+        assert_eq!(late, Err(Fault::Fenced), "{way}: nothing is served after the close");
+    }
+}
+
+#[tokio::test]
+async fn zeroed_and_discarded_ranges_read_as_zeros() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for (way, _, engine) in engines(dir.path()) {
+        for op in [
+            BlockOp::Discard,
+            BlockOp::WriteZeroes { no_hole: false, fast: false },
+            BlockOp::WriteZeroes { no_hole: true, fast: false },
+        ] {
+            for (offset, length) in [(4096, 8192), (5000, 9000), (100, 10)] {
+                write(&engine, 0, vec![9; 65536]).await;
+                let done = engine.execute(request(op, offset, length), Bytes::new()).await;
+                assert_eq!(done, Ok(EngineAnswer::Done), "{way} {op:?}");
+                let mut expected = vec![9; 65536];
+                expected[offset as usize..(offset + length) as usize].fill(0);
+                assert!(read(&engine, 0, 65536).await == expected, "{way} {op:?} {offset} {length}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn status_tells_data_from_holes() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for (way, _, engine) in engines(dir.path()) {
+        write(&engine, 1 << 20, vec![1; 1 << 20]).await;
+        let status = |offset, length| engine.execute(request(BlockOp::Status, offset, length), Bytes::new());
+        let (hole, data) = (Extent { length: 1 << 20, hole: true, zero: true }, 1 << 20);
+        let data = Extent { length: data, hole: false, zero: false };
+        let tail = Extent { length: 2 << 20, ..hole };
+        assert_eq!(status(0, SIZE).await, Ok(EngineAnswer::Extents(vec![hole, data, tail])), "{way}");
+        let inside = Extent { length: 4096, ..data };
+        assert_eq!(status((1 << 20) + 4096, 4096).await, Ok(EngineAnswer::Extents(vec![inside])), "{way}");
+    }
+}
+
+#[tokio::test]
+async fn a_file_is_opened_once_and_only_below_a_root() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (root, outside) = (dir.path().join("root"), dir.path().join("outside"));
+    std::fs::create_dir(&root).expect("creates");
+    std::fs::create_dir(&outside).expect("creates");
+    let path = image(&root, "disk");
+    let secret = image(&outside, "secret");
+    std::os::unix::fs::symlink("../outside/secret", root.join("link")).expect("links");
+    std::os::unix::fs::symlink("disk", root.join("alias")).expect("links");
+    let files = files(&root, FileIo::Direct);
+    let engine = files.open(&path, false).expect("opens");
+    assert!(matches!(files.open(&root.join("alias"), false), Err(OpenError::Held(_))));
+    assert!(matches!(files.open(&path, true), Err(OpenError::Held(_))));
+    engine.close().await;
+    files.open(&path, false).expect("opens again").close().await;
+    for bad in [&secret, &root.join("link"), &root.join("none"), &root.join("../outside/secret"), &root] {
+        let refused = files.open(bad, false).err();
+        assert!(matches!(refused, Some(OpenError::NotFound(_))), "{} {refused:?}", bad.display());
+    }
+    std::fs::write(root.join("small"), "x").expect("writes");
+    assert!(matches!(files.open(&root.join("small"), false), Err(OpenError::NotFound(_))));
+}
+
+/// Writes of one file under way at once must leave what the last writer of each byte wrote: neighbours in a page must
+/// not undo each other, whichever of them goes past the page cache.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn small_and_direct_writes_of_neighbours_do_not_undo_each_other() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for (way, _, engine) in engines(dir.path()) {
+        for round in 1..30u8 {
+            // Overlapping pairs are issued in order of their answers; neighbours all at once.
+            let page = |at: u64| request(BlockOp::Write, at * 4096, 4096);
+            let small = |at: u64| request(BlockOp::Write, at * 4096 + 3584, 1024);
+            let pages = (0..8).filter(|at| at % 2 == 0).map(|at| (page(at), vec![round; 4096]));
+            let smalls = (0..8).filter(|at| at % 2 == 1).map(|at| (small(at - 1), vec![round | 128; 1024]));
+            let first: Vec<_> = pages.map(|(r, data)| engine.execute(r, data.into())).collect();
+            futures_util::future::join_all(first).await;
+            let mixed: Vec<_> = smalls
+                .map(|(r, data)| engine.execute(r, data.into()))
+                .chain((8..16).map(|at| engine.execute(page(at), vec![round; 4096].into())))
+                .collect();
+            futures_util::future::join_all(mixed).await;
+            let data = read(&engine, 0, 16 * 4096).await;
+            for at in (0..8usize).step_by(2) {
+                let start = at * 4096;
+                assert!(
+                    data[start..start + 3584].iter().all(|b| *b == round),
+                    "{way} round={round} page={at}"
+                );
+                assert!(
+                    data[start + 3584..start + 4608].iter().all(|b| *b == round | 128),
+                    "{way} page={at}"
+                );
+            }
+            assert!(data[8 * 4096..].iter().all(|b| *b == round), "{way} round={round}");
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Step {
+    op: u8,
+    offset: usize,
+    length: usize,
+    fill: u8,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let place = prop_oneof![
+        (0usize..32, 1usize..9).prop_map(|(page, pages)| (page * 4096, pages * 4096)),
+        (0usize..256, 1usize..64).prop_map(|(block, blocks)| (block * 512, blocks * 512)),
+        (0usize..131_072, 1usize..10_000),
+    ];
+    (0u8..4, place, 1u8..255).prop_map(|(op, (offset, length), fill)| Step { op, offset, length, fill })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+    #[test]
+    fn a_file_behaves_like_memory(steps in prop::collection::vec(step(), 1..40)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        runtime.block_on(async {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            for (way, _, engine) in engines(dir.path()) {
+                let mut model = vec![0u8; 256 << 10];
+                for Step { op, offset, length, fill } in steps.clone() {
+                    let range = offset..offset + length;
+                    match op {
+                        0 => {
+                            model[range].fill(fill);
+                            write(&engine, offset as u64, vec![fill; length]).await;
+                        }
+                        1 => {
+                            let data = read(&engine, offset as u64, length as u64).await;
+                            assert!(data == model[range], "{way} offset={offset} length={length}");
+                        }
+                        _ => {
+                            model[range].fill(0);
+                            let op = BlockOp::WriteZeroes { no_hole: op == 2, fast: false };
+                            let done = engine.execute(request(op, offset as u64, length as u64), Bytes::new()).await;
+                            assert_eq!(done, Ok(EngineAnswer::Done));
+                        }
+                    }
+                }
+                assert!(read(&engine, 0, model.len() as u64).await == model, "{way}");
+            }
+        });
+    }
+}
