@@ -51,17 +51,35 @@ pub struct Figures {
 /// # Errors
 /// fio missing, failing, or reporting an error of its job.
 pub fn run(uri: &str, workload: &Workload, span_bytes: u64, seconds: u32) -> anyhow::Result<Figures> {
-    let output = Command::new("fio")
-        .args(["--name=bench", "--ioengine=nbd", "--output-format=json", "--time_based", "--randrepeat=0"])
+    figures_of(
+        command(uri, workload, span_bytes).arg("--time_based").arg(format!("--runtime={seconds}")),
+        workload,
+    )
+}
+
+/// Writes the first `span_bytes` of the export once, so that later reads find data.
+///
+/// # Errors
+/// As [`run`].
+pub fn fill(uri: &str, workload: &Workload, span_bytes: u64) -> anyhow::Result<()> {
+    figures_of(&mut command(uri, workload, span_bytes), workload).map(drop)
+}
+
+fn command(uri: &str, workload: &Workload, span_bytes: u64) -> Command {
+    let mut command = Command::new("fio");
+    command
+        .args(["--name=bench", "--ioengine=nbd", "--output-format=json", "--randrepeat=0"])
         .args(["--norandommap", "--random_generator=tausworthe64", "--refill_buffers"])
         .arg(format!("--uri={uri}"))
         .arg(format!("--rw={}", workload.rw))
         .arg(format!("--bs={}", workload.block_bytes))
         .arg(format!("--iodepth={}", workload.depth))
-        .arg(format!("--size={span_bytes}"))
-        .arg(format!("--runtime={seconds}"))
-        .output()
-        .context("cannot start fio; install it with: apt install fio")?;
+        .arg(format!("--size={span_bytes}"));
+    command
+}
+
+fn figures_of(command: &mut Command, workload: &Workload) -> anyhow::Result<Figures> {
+    let output = command.output().context("cannot start fio; install it with: apt install fio")?;
     let text = String::from_utf8_lossy(&output.stdout);
     let json = text.find('{').map(|at| &text[at..]).unwrap_or_default();
     let report: serde_json::Value = serde_json::from_str(json)
@@ -71,7 +89,8 @@ pub fn run(uri: &str, workload: &Workload, span_bytes: u64, seconds: u32) -> any
         bail!("fio failed: error={} stderr={}", job["error"], String::from_utf8_lossy(&output.stderr));
     }
     let side = if workload.rw.contains("read") { &job["read"] } else { &job["write"] };
-    let number = |value: &serde_json::Value, what: &str| value.as_f64().with_context(|| format!("fio gave no {what}"));
+    let number =
+        |value: &serde_json::Value, what: &str| value.as_f64().with_context(|| format!("fio gave no {what}"));
     Ok(Figures {
         iops: number(&side["iops"], "iops")?,
         mean_us: number(&side["clat_ns"]["mean"], "mean latency")? / 1e3,

@@ -2,9 +2,10 @@
 //!
 //! Knows: fio, /proc, the peers' command lines, medians and ratios. Must never know: how a server works inside.
 //! Modules: [`fio`] runs one workload, [`cpu`] accounts for the servers, [`peers`] starts the others,
-//! [`report`] makes tables. `src/main.rs` puts them together.
+//! [`floor`] tells what the disk takes, [`report`] makes tables. `src/main.rs` puts them together.
 
 pub mod cpu;
 pub mod fio;
+pub mod floor;
 pub mod peers;
 pub mod report;

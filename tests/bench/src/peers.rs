@@ -29,7 +29,10 @@ impl Peer {
     /// qemu-nbd missing, or not listening within ten seconds.
     pub fn qemu_nbd(file: &Path, socket: &Path) -> anyhow::Result<Self> {
         let mut command = Command::new("qemu-nbd");
-        command.args(["--cache=none", "--aio=io_uring", "-f", "raw", "-t", "-e", "8", "-k"]).arg(socket).arg(file);
+        command
+            .args(["--cache=none", "--aio=io_uring", "-f", "raw", "-t", "-e", "8", "-k"])
+            .arg(socket)
+            .arg(file);
         Self::start(command, socket)
     }
 
@@ -37,7 +40,11 @@ impl Peer {
         let _ = std::fs::remove_file(socket);
         let name = command.get_program().to_string_lossy().into_owned();
         let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("cannot start {name}"))?;
-        let peer = Self { child, socket: socket.to_owned(), uri: format!("nbd+unix:///?socket={}", socket.display()) };
+        let peer = Self {
+            child,
+            socket: socket.to_owned(),
+            uri: format!("nbd+unix:///?socket={}", socket.display()),
+        };
         let deadline = Instant::now() + Duration::from_secs(10);
         while std::os::unix::net::UnixStream::connect(&peer.socket).is_err() {
             if Instant::now() > deadline {

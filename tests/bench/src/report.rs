@@ -81,8 +81,10 @@ mod tests {
 
     #[test]
     fn ratios_are_taken_round_by_round() {
-        let series = |iops: &[f64]| Series { iops: iops.to_vec(), cpu_us: vec![1.0; iops.len()], ..Series::default() };
-        let rows = [("a".to_owned(), series(&[10.0, 100.0, 10.0])), ("b".to_owned(), series(&[20.0, 50.0, 20.0]))];
+        let series =
+            |iops: &[f64]| Series { iops: iops.to_vec(), cpu_us: vec![1.0; iops.len()], ..Series::default() };
+        let rows =
+            [("a".to_owned(), series(&[10.0, 100.0, 10.0])), ("b".to_owned(), series(&[20.0, 50.0, 20.0]))];
         let text = table("w", 4096, &rows);
         assert!(text.contains("| b | 20 |") && text.contains("| 2.00 | 1.00 |"), "{text}");
     }

@@ -1,0 +1,134 @@
+//! `make bench`: measures Spline beside its peers and writes the tables to docs/performance.md.
+
+use anyhow::Context;
+use clap::Parser;
+use spline_bench::fio::{self, WORKLOADS, Workload};
+use spline_bench::peers::Peer;
+use spline_bench::report::{Series, table};
+use spline_bench::{cpu, floor};
+use spline_harness::{Cluster, Export, Rig};
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// Measures Spline beside nbdkit and qemu-nbd in interleaved rounds.
+#[derive(Parser, Debug)]
+#[command(after_help = "Example: spline-bench --rounds 5 --seconds 10 --out docs/performance.md")]
+struct Args {
+    /// Rounds; medians are taken over them.
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// Seconds of one run.
+    #[arg(long, default_value_t = 5)]
+    seconds: u32,
+    /// Bytes of each volume that are used; filled with data before the first round.
+    #[arg(long, default_value_t = 1 << 30)]
+    span: u64,
+    /// Where the tables go; standard output too.
+    #[arg(long, default_value = "docs/performance.md")]
+    out: PathBuf,
+}
+
+/// A server under test: where to send requests, whose CPU counts.
+struct Target {
+    name: &'static str,
+    uri: String,
+    pids: Vec<u32>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let mut text = format!(
+        "# Performance\n\nWritten by `make bench` (rounds={}, seconds={}, span={} MiB). Medians over interleaved rounds of one run;\n\
+         ratios are taken round by round against the first row. CPU is user and system time of all server processes.\n\
+         Absolute figures swing with the machine: read the ratios.\n",
+        args.rounds,
+        args.seconds,
+        args.span >> 20
+    );
+    text += &file_engine(&args)?;
+    text += &cluster(&args)?;
+    print!("{text}");
+    std::fs::write(&args.out, text).with_context(|| format!("cannot write {}", args.out.display()))
+}
+
+/// Every server on a file of its own, same size, same disk.
+fn file_engine(args: &Args) -> anyhow::Result<String> {
+    let rig = Rig::file()?;
+    let ours = rig.serve("ours", args.span)?;
+    let mut pids = pid_of(&ours)?;
+    if let Rig::File { gateway, .. } = &rig {
+        pids.extend(gateway.id());
+    }
+    let nbdkit = Peer::nbdkit_file(&sized(rig.dir(), "nbdkit", args.span)?, &rig.dir().join("nbdkit.sock"))?;
+    let qemu = Peer::qemu_nbd(&sized(rig.dir(), "qemu", args.span)?, &rig.dir().join("qemu.sock"))?;
+    let targets = [
+        Target { name: "nbdkit file", uri: nbdkit.uri().to_owned(), pids: vec![nbdkit.pid()] },
+        Target { name: "qemu-nbd none, io_uring", uri: qemu.uri().to_owned(), pids: vec![qemu.pid()] },
+        Target { name: "nebd + gateway, file engine", uri: ours.uri(), pids },
+    ];
+    let text = measure(args, &targets, rig.dir())?;
+    Ok(format!("\n## File engine\n\nnbdkit serves from the page cache; the other two use direct IO.\n{text}"))
+}
+
+/// Three replicas, each with its own log, on the same disk.
+fn cluster(args: &Args) -> anyhow::Result<String> {
+    let cluster = Cluster::start()?;
+    cluster.create_volume("bench", &args.span.to_string())?;
+    let export = cluster.export("bench", false)?;
+    let mut pids = pid_of(&export)?;
+    pids.extend(
+        cluster
+            .chunkservers
+            .iter()
+            .chain([&cluster.mds, &cluster.gateway])
+            .filter_map(|process| process.id()),
+    );
+    let targets = [Target { name: "cluster, 3 replicas", uri: export.uri(), pids }];
+    let text = measure(args, &targets, cluster.dir())?;
+    Ok(format!(
+        "\n## Cluster\n\nThree chunkservers on one disk; a write is answered after a majority synced its log.\n{text}"
+    ))
+}
+
+fn measure(args: &Args, targets: &[Target], dir: &Path) -> anyhow::Result<String> {
+    let fill = Workload { name: "fill", rw: "write", block_bytes: 1 << 20, depth: 8 };
+    for target in targets {
+        fio::fill(&target.uri, &fill, args.span).with_context(|| format!("filling {}", target.name))?;
+    }
+    let mut text = String::new();
+    let mut floors = Vec::new();
+    for workload in &WORKLOADS {
+        let mut rows: Vec<(String, Series)> =
+            targets.iter().map(|target| (target.name.to_owned(), Series::default())).collect();
+        for round in 0..args.rounds as usize {
+            floors.push(floor::write_and_sync_us(dir)?);
+            for step in 0..targets.len() {
+                // A different one begins each round, so that none always runs on a warmed-up or worn-out machine.
+                let at = (round + step) % targets.len();
+                let target = &targets[at];
+                let before = cpu::seconds(&target.pids)?;
+                let figures = fio::run(&target.uri, workload, args.span, args.seconds)
+                    .with_context(|| format!("{} on {}", workload.name, target.name))?;
+                rows[at].1.push(figures, cpu::seconds(&target.pids)? - before);
+            }
+        }
+        text += &table(workload.name, workload.block_bytes, &rows);
+    }
+    let floor = spline_bench::report::median(&floors);
+    // Writing to a String can not fail.
+    let _ = writeln!(
+        text,
+        "\nA 4 KiB direct write and fdatasync on the same disk, median between the runs: {floor:.0} µs."
+    );
+    Ok(text)
+}
+
+fn pid_of(export: &Export) -> anyhow::Result<Vec<u32>> {
+    Ok(vec![export.nebd.id().context("nebd does not run")?])
+}
+
+fn sized(dir: &Path, name: &str, bytes: u64) -> anyhow::Result<PathBuf> {
+    let path = dir.join(format!("{name}.img"));
+    std::fs::File::create(&path)?.set_len(bytes)?;
+    Ok(path)
+}
