@@ -287,11 +287,24 @@ impl Group {
         self.member.transferring.store(status.term, Ordering::Release);
         self.member.replica.transfer(to.0).await?;
         let mut raft = self.member.raft.clone();
+        let (from, term) = (self.member.node.0, status.term);
         let wait = async {
-            while raft.borrow_watched().current_leader != Some(to.0) {
+            loop {
+                let (leader, now) = {
+                    let raft = raft.borrow_and_update();
+                    (raft.current_leader, raft.current_term)
+                };
+                match leader {
+                    Some(leader) if leader == to.0 => return Ok(()),
+                    Some(leader) if leader != from || now > term => {
+                        return Err(RaftError::Refused(format!(
+                            "another leader was elected, leader={leader}"
+                        )));
+                    }
+                    _ => {}
+                }
                 raft.changed().await.map_err(|_| RaftError::Stopped("replica stopped".to_owned()))?;
             }
-            Ok(())
         };
         let timeout = || RaftError::Refused(format!("leadership was not taken over in time, node={to}"));
         tokio::time::timeout(TRANSFER_LIMIT, wait).await.unwrap_or_else(|_| Err(timeout()))

@@ -137,6 +137,10 @@ impl RaftHost {
     ///
     /// # Errors
     /// `Io` with the WAL's reason; `Refused` if the timings contradict each other.
+    #[expect(
+        clippy::unused_async,
+        reason = "needs a runtime for its clock; callers must not rely on it being quick"
+    )]
     pub async fn open(config: RaftConfig, metrics: &mut Registry) -> Result<RaftHost, RaftError> {
         let openraft = Arc::new(openraft_config(&config)?);
         let timing = Timing {
@@ -180,6 +184,8 @@ impl RaftHost {
         let network = Factory { group: id, peers: host.peers.clone(), throttle: host.throttle.clone() };
         let raft = Raft::new(host.node.0, host.openraft.clone(), network, log.clone(), adapter).await;
         let raft = raft.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
+        // Answered by the core once it has published what it recovered: the first status must show the members.
+        raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         started.store(true, Ordering::Release);
         let replica: Box<dyn Replica> = Box::new(raft);
         let member = Member::new(id, host.node, replica, log, host.timing, host.metrics.clone());
@@ -212,6 +218,7 @@ impl RaftHost {
 
     /// Takes a `RaftRequest` frame from the process's wire listener; the reply goes to `replies`. Never waits for a
     /// group.
+    #[expect(clippy::unused_async, reason = "the caller must allow for back-pressure here")]
     pub async fn handle(&self, frame: Frame, replies: &FrameSender) {
         let number = frame.request;
         match Request::from_frame(frame) {

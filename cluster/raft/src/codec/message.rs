@@ -271,7 +271,7 @@ impl Reply {
             5 => Reply::TransferTaken,
             6 => {
                 let payload = frame.into_payload();
-                if payload.len() % 4 != 0 || payload.len() / 4 > ITEMS_MAX {
+                if !payload.len().is_multiple_of(4) || payload.len() / 4 > ITEMS_MAX {
                     return Err(DecodeError::Value { what: "items", value: payload.len() as u64 });
                 }
                 let item = |bytes: &[u8]| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
