@@ -17,8 +17,9 @@ use std::time::Duration;
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 /// Offset and bytes of what a check leaves for the next one; crosses from chunk 3 into chunk 4.
 const KEPT: (u64, usize) = (4 * CHUNK_BYTES as u64 - (1 << 20), 2 << 20);
-/// Requests of the scattered part, and the bytes of each.
-const SCATTERED: (u64, usize) = (64, 64 << 10);
+/// Requests of the scattered part, and the bytes of each. Each lands in another chunk, of which three replicas take their
+/// full 16 MiB on the disk.
+const SCATTERED: (u64, usize) = (16, 256 << 10);
 /// Where the unaligned part lies: across a chunk's end, at an odd byte.
 const UNALIGNED: (u64, usize) = (9 * CHUNK_BYTES as u64 - 1537, 4099);
 /// Where the discarded part lies.
