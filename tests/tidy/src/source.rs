@@ -27,6 +27,10 @@ const GENERATED_TYPES: &[&str] = &[
     "/service.rs",
     "/service/",
     "cluster/client/src/transport",
+    "cluster/chunkserver/src/heartbeat/transport.rs",
+    // Tests that play the other side of the control plane.
+    "cluster/chunkserver/tests/",
+    "cluster/mds/tests/",
     "cli/src/mds.rs",
     "tests/tidy/",
 ];
