@@ -10,6 +10,7 @@ use crate::nbd::connection::{Connection, ConnectionId, Cut};
 use crate::nbd::listener::Listener;
 use crate::poller::Poller;
 use crate::receive::SCRATCH_BYTES;
+use crate::send_queue;
 use crate::status_file::{Status, StatusFile};
 use crate::volume::{Answer, Origin, Volume};
 use anyhow::Context;
@@ -259,6 +260,7 @@ impl EventLoop {
             tracing::error!(%error, "client can not be watched");
             return;
         }
+        send_queue::widen(socket.as_fd());
         let deadline = self.volume.now + self.checked.handshake_timeout;
         self.connections.insert(id, Connection::new(id, socket, deadline));
         self.volume.metrics.connects.inc();

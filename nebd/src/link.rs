@@ -8,7 +8,7 @@ pub mod reader;
 use crate::inflight::{Limits, Outcome};
 use crate::poller::Poller;
 use crate::receive::{READS_PER_TURN, Received, read_after, read_payload};
-use crate::send_queue::SendQueue;
+use crate::send_queue::{self, SendQueue};
 use crate::volume::{Answer, Origin, ReadData, Volume};
 use reader::{Body, Reader};
 use rustix::event::epoll::EventFlags;
@@ -164,6 +164,7 @@ impl Link {
         // A unix socket connects at once or not at all; EAGAIN is a full backlog.
         net::connect(&socket, &address).map_err(io::Error::from)?;
         poller.add(socket.as_fd(), token, EventFlags::IN)?;
+        send_queue::widen(socket.as_fd());
         self.watching_out = false;
         self.out.push(&self.hello.encode());
         self.state = State::Greeting { socket, deadline: now + WELCOME_TIMEOUT };

@@ -78,6 +78,7 @@ impl<T: Clone> Override<T> for Option<T> {
 }
 
 fn main() -> anyhow::Result<()> {
+    spline_nebd::memory::keep();
     let flags = Flags::parse();
     let Some(config) = flags.common.start("nebd", |config| flags.apply(config))? else { return Ok(()) };
     let stop = Stop::install()?;

@@ -32,6 +32,17 @@ impl Part {
     }
 }
 
+/// Bytes that a socket should take before its reader has read them: a large request in few calls. The system may
+/// allow less.
+const SOCKET_BYTES: usize = 1 << 20;
+
+/// Asks for a socket that takes much at once; without it everything works, in more calls.
+pub fn widen(socket: BorrowedFd<'_>) {
+    if let Err(error) = rustix::net::sockopt::set_socket_send_buffer_size(socket, SOCKET_BYTES) {
+        tracing::debug!(%error, "socket keeps its send buffer");
+    }
+}
+
 /// The queue.
 #[derive(Debug, Default)]
 pub struct SendQueue {

@@ -257,8 +257,8 @@ impl Handshake {
         }
         let block_size = wanted.contains(&INFO_BLOCK_SIZE);
         if block_size {
-            let least = export.geometry.block_size.bytes();
-            let sizes = [least, least.max(4096), REQUEST_BYTES_MAX].map(u32::to_be_bytes).concat();
+            let preferred = export.geometry.block_size.bytes().max(4096);
+            let sizes = [BLOCK_BYTES_MIN, preferred, REQUEST_BYTES_MAX].map(u32::to_be_bytes).concat();
             reply(out, option, REP_INFO, &[&INFO_BLOCK_SIZE.to_be_bytes(), &sizes]);
         }
         reply(out, option, REP_ACK, &[]);

@@ -3,6 +3,9 @@
 
 #![allow(missing_docs, reason = "the names are the specification's, which describes them")]
 
+/// The least block announced to clients, bytes: 512-byte requests are served on every volume; the volume's own block
+/// size is what is preferred.
+pub const BLOCK_BYTES_MIN: u32 = 512;
 pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;

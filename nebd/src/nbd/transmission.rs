@@ -269,7 +269,7 @@ impl Transmission {
         }
         let range = ByteRange::new(raw.offset, raw.length.into()).ok_or(Fault::Invalid(Invalid::PastEnd))?;
         export.geometry.check(op, range)?;
-        let block = u64::from(export.geometry.block_size.bytes());
+        let block = u64::from(BLOCK_BYTES_MIN);
         let aligned = range.offset().is_multiple_of(block) && range.length().is_multiple_of(block);
         if self.agreed.block_size && !aligned {
             return Err(Fault::Invalid(Invalid::Alignment));

@@ -128,12 +128,14 @@ fn what_was_not_agreed_is_refused() {
     let status = judge(plain, &export(), &request(CMD_BLOCK_STATUS, 0, 0, 512), 0);
     assert_eq!(error_of(&status), Some(NbdError::Inval));
     let strict = Agreed { block_size: true, ..ALL };
-    for (command, offset, length) in [(CMD_READ, 512, 4096), (CMD_WRITE, 0, 512), (CMD_TRIM, 0, 4097)] {
+    for (command, offset, length) in [(CMD_READ, 256, 4096), (CMD_WRITE, 0, 511), (CMD_TRIM, 0, 4097)] {
         let payload = if command == CMD_WRITE { length as usize } else { 0 };
         let head = request(command, 0, offset, length);
         assert_eq!(error_of(&judge(strict, &export(), &head, payload)), Some(NbdError::Inval));
         assert_eq!(error_of(&judge(ALL, &export(), &head, payload)), None, "served at any alignment");
     }
+    let sector = judge(strict, &export(), &request(CMD_READ, 0, 512, 512), 0);
+    assert_eq!(error_of(&sector), None, "512-byte requests are served on every volume");
     let read_only = Export { read_only: true, ..export() };
     for command in [CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES] {
         let payload = if command == CMD_WRITE { 4096 } else { 0 };
@@ -239,7 +241,7 @@ proptest! {
         if let Event::Request(Incoming { ticket, .. }) = event {
             prop_assert!(ticket.range.end() <= SIZE);
             prop_assert!(!ticket.op.carries_data() || ticket.range.length() <= REQUEST_BYTES_MAX.into());
-            prop_assert!(!block_size || ticket.range.offset() % 4096 == 0);
+            prop_assert!(!block_size || ticket.range.offset() % 512 == 0);
         }
     }
 }
