@@ -332,6 +332,7 @@ impl EventLoop {
                 self.link_failed(&why)?;
             }
             if !self.flush_clients() {
+                self.volume.metrics.inflight.set(self.volume.inflight.len() as i64);
                 return Ok(());
             }
         }

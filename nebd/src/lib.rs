@@ -103,27 +103,25 @@ impl Nebd {
         Ok(Self { stop: Stopper(stop), thread: Some(thread), serving })
     }
 
-    /// Waits until the gateway has accepted the volume and clients may come; answers their NBD URIs.
+    /// Waits until the gateway has accepted the volume and clients may come; answers their NBD URIs, or `None` if
+    /// nebd was stopped before.
     ///
     /// # Errors
-    /// If the gateway refuses the volume, or nebd was stopped before.
-    pub fn wait_ready(&mut self) -> anyhow::Result<Vec<String>> {
+    /// If the gateway refuses the volume, or clients can not be listened for.
+    pub fn wait_ready(&mut self) -> anyhow::Result<Option<Vec<String>>> {
         match self.serving.recv() {
-            Ok(serving) => Ok(serving.uris),
-            Err(_) => {
-                self.join()?;
-                Err(anyhow!("stopped before the gateway accepted the volume"))
-            }
+            Ok(serving) => Ok(Some(serving.uris)),
+            Err(_) => self.join().map(|()| None),
         }
     }
 
     /// [`spawn`](Self::spawn) and [`wait_ready`](Self::wait_ready).
     ///
     /// # Errors
-    /// Those of both.
+    /// Those of both, and if nebd was stopped before it was ready.
     pub fn start(config: Config, registry: &mut Registry) -> anyhow::Result<(Self, Vec<String>)> {
         let mut nebd = Self::spawn(config, registry)?;
-        let uris = nebd.wait_ready()?;
+        let uris = nebd.wait_ready()?.context("stopped before the gateway accepted the volume")?;
         Ok((nebd, uris))
     }
 

@@ -92,7 +92,7 @@ fn main() -> anyhow::Result<()> {
         stop.wait();
         stopper.stop();
     })?;
-    let uris = nebd.wait_ready()?;
+    let Some(uris) = nebd.wait_ready()? else { return Ok(()) };
     let _announced = flags.common.announce(&format!("{what} at {}", uris.join(" ")))?;
     nebd.join()
 }

@@ -70,6 +70,5 @@ impl Volume {
     pub fn count(&self, entry: &Entry<Origin>, result: &Result<(), Fault>) {
         let request = &entry.request;
         self.metrics.answered(request.op, request.range.length(), self.now - entry.started, result);
-        self.metrics.inflight.set(self.inflight.len() as i64);
     }
 }

@@ -56,7 +56,7 @@ impl Place {
         let place = Self::new();
         place.gateway.listen();
         let mut nebd = place.spawn();
-        nebd.wait_ready().expect("is ready");
+        nebd.wait_ready().expect("no error").expect("is ready");
         (place, nebd)
     }
 }
@@ -155,7 +155,7 @@ fn fail_after_ends_the_wait_while_no_gateway_is_there() {
     place.gateway.lock().on_unavailable = OnUnavailable::FailAfter(Duration::from_millis(200));
     place.gateway.listen();
     let mut nebd = place.spawn();
-    nebd.wait_ready().expect("is ready");
+    nebd.wait_ready().expect("no error").expect("is ready");
     let mut client = Client::connect(&place.nbd());
     place.gateway.lock().manner = Manner::Hold;
     client.send(CMD_READ, 1, 0, 512);
@@ -191,11 +191,19 @@ fn clients_are_let_in_only_once_the_gateway_serves() {
     place.gateway.wait("nebd was told to wait", |control| !control.links.is_empty());
     assert!(!place.nbd().exists());
     place.gateway.lock().refuse = None;
-    let uris = nebd.wait_ready().expect("is ready");
+    let uris = nebd.wait_ready().expect("no error").expect("is ready");
     assert_eq!(uris, [format!("nbd+unix:///?socket={}", place.nbd().display())]);
     Client::connect(&place.nbd());
     assert!(StatusFile::path(place.dir.path(), "disk0").exists());
     assert_eq!(place.gateway.lock().links.last(), Some(&Mode::Open), "it never had the volume before");
+}
+
+#[test]
+fn a_stop_while_waiting_for_the_gateway_is_no_error() {
+    let place = Place::new();
+    let mut nebd = place.spawn();
+    nebd.stopper().expect("has one").stop();
+    assert!(nebd.wait_ready().expect("no error").is_none());
 }
 
 #[test]

@@ -198,14 +198,15 @@ impl Connection {
     pub fn end(&mut self) {
         self.ending = true;
         self.stalled = false;
-        self.parked = None;
         self.partial = Vec::new();
+        if let Some(incoming) = self.parked.take() {
+            self.close(&incoming.ticket);
+        }
     }
 
     /// Answers a request that this connection submitted.
     pub fn answer(&mut self, ticket: &Ticket, result: Result<Answer<'_>, Fault>) {
-        self.open -= 1;
-        self.open_bytes -= data_bytes(ticket);
+        self.close(ticket);
         let structured = self.structured();
         match result {
             Ok(Answer::Done) => reply::done(&mut self.out, ticket.cookie),
@@ -238,6 +239,11 @@ impl Connection {
     pub fn shrink(&mut self) {
         self.out.shrink();
         self.partial.shrink_to_fit();
+    }
+
+    fn close(&mut self, ticket: &Ticket) {
+        self.open -= 1;
+        self.open_bytes -= data_bytes(ticket);
     }
 
     fn structured(&self) -> bool {

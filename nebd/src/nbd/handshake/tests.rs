@@ -81,7 +81,7 @@ fn go_tells_what_was_asked_for() {
     assert_eq!(replies[0].2, b"\0\0\0\0\0\0\x40\0\0\0\x0d\x6d", "export: size and flags");
     assert_eq!(replies[1].2, b"\0\x01disk0");
     assert_eq!(replies[2].2, b"\0\x02a disk");
-    assert_eq!(replies[3].2, b"\0\x03\0\0\x10\0\0\0\x10\0\x02\0\0\0", "block sizes");
+    assert_eq!(replies[3].2, b"\0\x03\0\0\x02\0\0\0\x10\0\x02\0\0\0", "block sizes");
 }
 
 #[test]
