@@ -56,18 +56,10 @@ pub(crate) struct Member {
     pub(crate) has_grown: AtomicBool,
     /// One read round at a time; the others wait for it and share its result.
     pub(crate) round: tokio::sync::Mutex<()>,
-    pub(crate) campaign: Mutex<Campaign>,
+    /// When this replica may stand for election again.
+    pub(crate) campaign_not_before: Mutex<Option<Instant>>,
     pub(crate) checkpointing: tokio::sync::Mutex<()>,
     pub(crate) stopped: AtomicBool,
-}
-
-/// When this replica stands for election next.
-#[derive(Debug, Default)]
-pub(crate) struct Campaign {
-    /// Not before this.
-    pub(crate) not_before: Option<Instant>,
-    /// The deadline chosen for the silence that began at `heard`.
-    pub(crate) chosen: Option<(u64, Instant)>,
 }
 
 impl Member {
@@ -96,7 +88,7 @@ impl Member {
             transferring: AtomicU64::new(u64::MAX),
             has_grown: AtomicBool::new(false),
             round: tokio::sync::Mutex::new(()),
-            campaign: Mutex::default(),
+            campaign_not_before: Mutex::default(),
             checkpointing: tokio::sync::Mutex::new(()),
             stopped: AtomicBool::new(false),
         }
@@ -112,14 +104,12 @@ impl Member {
         self.heard.load(Ordering::Relaxed)
     }
 
-    /// Until when this replica must not help `candidate` to leadership, as far as this process knows.
-    pub(crate) fn lease_of_others(&self, candidate: NodeId) -> Option<Instant> {
+    /// When the last lease ends that this replica has granted to another node, as far as this process knows.
+    pub(crate) fn lease_of_others(&self) -> Option<Instant> {
         if let heard @ 1.. = self.heard() {
             return Some(self.started + Duration::from_millis(heard + 1) + self.timing.lease);
         }
-        let promised = self.promised.filter(|leader| *leader != candidate)?;
-        tracing::trace!(group = %self.id, %promised, "lease of an earlier run counts");
-        Some(self.started + self.timing.lease)
+        self.promised.filter(|leader| *leader != self.node).map(|_| self.started + self.timing.lease)
     }
 
     fn withholds(&self, candidate: NodeId) -> bool {

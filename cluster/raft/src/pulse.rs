@@ -100,11 +100,11 @@ async fn look_at(host: &HostState, member: &Arc<Member>, now: Instant, heartbeat
                 up += usize::from(peer.is_up());
                 peer.warm();
             }
-            let is_due = now >= deadline(host, member, &voters);
+            let is_due = now >= deadline(member, &voters);
             if is_due && up * 2 > voters.len() && may_retry(member, now) {
                 let pause = if candidate { member.timing.election_min } else { RETRY };
                 set_retry(member, now + pause + RANK_STEP * rank(member, &voters));
-                tracing::info!(group = %member.id, candidate, "standing for election");
+                tracing::debug!(group = %member.id, candidate, "standing for election");
                 campaign(member, now, true).await;
             }
         }
@@ -123,41 +123,20 @@ async fn campaign(member: &Member, now: Instant, pre_vote: bool) {
 }
 
 fn may_retry(member: &Member, now: Instant) -> bool {
-    let campaign = member.campaign.lock().unwrap_or_else(PoisonError::into_inner);
-    campaign.not_before.is_none_or(|at| now >= at)
+    let not_before = *member.campaign_not_before.lock().unwrap_or_else(PoisonError::into_inner);
+    not_before.is_none_or(|at| now >= at)
 }
 
 fn set_retry(member: &Member, at: Instant) {
-    member.campaign.lock().unwrap_or_else(PoisonError::into_inner).not_before = Some(at);
+    *member.campaign_not_before.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
 }
 
-/// When this replica may stand, given the present silence. With a leader that is known to be gone the order of
-/// preference decides; else the silence may be this node's own, and the moment is drawn by lot.
-fn deadline(host: &HostState, member: &Member, voters: &[NodeId]) -> Instant {
-    let Some(lease_end) = member.lease_of_others(member.node) else {
-        return member.started + RANK_STEP * rank(member, voters);
-    };
-    let heard = member.heard();
-    let ordered = lease_end + LEASE_SLACK + RANK_STEP * rank(member, voters);
-    let leader = member.leader();
-    let is_gone = heard == 0 || leader.is_none_or(|leader| !host.peers.peer(leader).is_up());
-    if is_gone {
-        return ordered;
-    }
-    let mut campaign = member.campaign.lock().unwrap_or_else(PoisonError::into_inner);
-    match campaign.chosen {
-        Some((silence, at)) if silence == heard => at,
-        _ => {
-            let spread = member.timing.lease.saturating_sub(member.timing.election_min);
-            let lot = crc_fast::checksum(
-                crc_fast::CrcAlgorithm::Crc32Iscsi,
-                &[member.node.0.to_le_bytes(), u64::from(member.id.0).to_le_bytes(), heard.to_le_bytes()]
-                    .concat(),
-            );
-            let at = ordered + spread * ((lot & 0xff) as u32) / 256;
-            campaign.chosen = Some((heard, at));
-            at
-        }
+/// When this replica may stand: when the lease it knows of has run out, in the group's order of preference.
+fn deadline(member: &Member, voters: &[NodeId]) -> Instant {
+    let step = RANK_STEP * rank(member, voters);
+    match member.lease_of_others() {
+        Some(end) => end + LEASE_SLACK + step,
+        None => member.started + step,
     }
 }
 

@@ -326,14 +326,14 @@ async fn a_new_link_waits_for_the_requests_of_the_old_one() {
     // The same nebd comes back; and another one, after the first has died.
     for (old, new) in [(1, 1), (2, 3)] {
         bench.engine.log.lock().expect("unpoisoned").clear();
+        let mut other = bench.link(99, Mode::Open).await;
         let mut first = bench.link(old, Mode::Open).await;
         first.request(1, BlockOp::Write, 0, 512, &[0; 512]).await;
         bench.until(|log| log == [("start", 1)]).await;
         drop(first);
         let mut second = bench.link(new, Mode::Resume).await;
         second.request(2, BlockOp::Write, 0, 512, &[0; 512]).await;
-        // Somebody else is served meanwhile, which also gives the second link all the time to go wrong.
-        let mut other = bench.link(99, Mode::Open).await;
+        // Whoever was there before is served meanwhile, which also gives the second link all the time to go wrong.
         for id in 1000..1010 {
             assert_eq!(other.ask(id, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
         }

@@ -1,14 +1,19 @@
 //! Pipelined appends of one group to one peer: many messages on the way, answers in order.
 //!
 //! Called by `network` for replication streams and heartbeats. openraft pulls answers; pulling also sends what is ready.
+//!
+//! A message that only tells a new commit position is held back for a moment: the next entries carry it for nothing,
+//! and so do the heartbeats. Followers apply a little later for it; nobody waits for them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
 use openraft::raft::{StreamAppendError, StreamAppendResult};
 use spline_wire::Frame;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::peers::Link;
 use super::{broken, unexpected};
@@ -22,6 +27,9 @@ use openraft::EntryPayload;
 pub(crate) const WINDOW_MESSAGES: usize = 64;
 /// Most unanswered bytes of one stream (one larger message goes alone): a hundred groups must not pile up gigabytes.
 const WINDOW_BYTES: usize = 8 << 20;
+
+/// How long a message without entries waits for one with entries, on a stream that goes on.
+const COMMIT_HOLD: Duration = Duration::from_millis(50);
 
 type Answer = Result<StreamAppendResult<TypeConfig>, RpcError>;
 
@@ -40,6 +48,8 @@ struct Session<S> {
     metrics: Arc<Metrics>,
     input: S,
     input_ended: bool,
+    /// A message without entries, and when it goes out if nothing better comes.
+    held: Option<(AppendRequest, Instant)>,
     replies: mpsc::UnboundedReceiver<(u64, Option<Frame>)>,
     reply_to: mpsc::UnboundedSender<(u64, Option<Frame>)>,
     sent: VecDeque<Sent>,
@@ -64,8 +74,18 @@ where
 {
     let (reply_to, replies) = mpsc::unbounded_channel();
     let sent = VecDeque::new();
-    let session =
-        Session { group, link, metrics, input, input_ended: false, replies, reply_to, sent, bytes: 0 };
+    let session = Session {
+        group,
+        link,
+        metrics,
+        input,
+        input_ended: false,
+        held: None,
+        replies,
+        reply_to,
+        sent,
+        bytes: 0,
+    };
     stream::unfold(Some(session), |session| async move {
         let mut session = session?;
         let answer = session.next().await?;
@@ -82,11 +102,19 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
                 self.bytes -= first.bytes;
                 return Some(answer(first, reply));
             }
+            let is_due = self.input_ended || self.held.as_ref().is_some_and(|(_, at)| *at <= Instant::now());
+            if is_due && let Some((held, _)) = self.held.take() {
+                if let Err(error) = self.send(held).await {
+                    return Some(Err(broken(error)));
+                }
+                continue;
+            }
             if self.input_ended && self.sent.is_empty() {
                 return None;
             }
             let room =
                 self.sent.len() < WINDOW_MESSAGES && (self.bytes < WINDOW_BYTES || self.sent.is_empty());
+            let hold = self.held.as_ref().map(|(_, at)| *at);
             tokio::select! {
                 biased;
                 reply = self.replies.recv(), if !self.sent.is_empty() => {
@@ -94,16 +122,31 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
                         return Some(Err(error));
                     }
                 }
-                request = self.input.next(), if !self.input_ended && room => match request {
-                    Some(request) => {
-                        if let Err(error) = self.send(request).await {
-                            return Some(Err(broken(error)));
-                        }
+                request = self.input.next(), if !self.input_ended && room => {
+                    if let Err(error) = self.accept(request).await {
+                        return Some(Err(broken(error)));
                     }
-                    None => self.input_ended = true,
                 }
+                () = tokio::time::sleep_until(hold.unwrap_or_else(Instant::now)), if hold.is_some() => {}
             }
         }
+    }
+
+    async fn accept(&mut self, request: Option<AppendRequest>) -> Result<(), String> {
+        match request {
+            None => self.input_ended = true,
+            Some(request) if request.entries.is_empty() => {
+                // A newer commit position replaces a held one but does not wait longer than it.
+                let at = self.held.as_ref().map_or_else(|| Instant::now() + COMMIT_HOLD, |(_, at)| *at);
+                self.held = Some((request, at));
+            }
+            Some(request) => {
+                // Carries a commit position at least as new as the held message's, and its answer covers both.
+                self.held = None;
+                self.send(request).await?;
+            }
+        }
+        Ok(())
     }
 
     fn take(&mut self, (request, frame): (u64, Option<Frame>)) -> Result<(), RpcError> {
