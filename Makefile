@@ -1,14 +1,13 @@
 # make demo   a whole cluster in one process, one volume exported over NBD, until Ctrl-C
 # make test   format, lints, rules of the tree, all tests (installs the foreign clients that tests use, if root)
 CARGO ?= cargo
-BINARIES = -p spline -p spline-mds -p spline-chunkserver -p spline-gateway -p spline-nebd
-# Tests that start real processes run one at a time: each has a cluster of its own, and disks to share.
+# Tests that start real processes: each has a cluster of its own, so they run one at a time (RUST_TEST_THREADS).
 PROCESS_TESTS = -p spline-conformance -p spline-fault -p spline-e2e
 ROUNDS ?= 20
 CASES ?= 20000
 TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit
 
-.PHONY: demo check test bench soak fuzz fmt binaries tools cargo
+.PHONY: demo check test bench soak fuzz fmt tools cargo
 
 demo: cargo
 	$(CARGO) build --release --locked -p spline -p spline-nebd
@@ -18,22 +17,21 @@ demo: cargo
 check:
 	$(MAKE) demo DEV=--check
 
+# Always the whole workspace, so that every dependency is compiled once, with one set of features.
 test: cargo tools
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(CARGO) test --locked -p spline-tidy
-	$(MAKE) binaries
-	$(CARGO) test --workspace --locked --exclude spline-tidy --exclude spline-conformance --exclude spline-fault --exclude spline-e2e
-	$(CARGO) test --locked $(PROCESS_TESTS) -- --test-threads=1
+	$(CARGO) build --workspace --bins --locked
+	RUST_TEST_THREADS=1 $(CARGO) test --workspace --locked
 
 # The fault and conformance tests again, with more rounds and larger images, on optimised binaries.
 soak: cargo tools
-	$(CARGO) build --release --locked $(BINARIES)
-	SPLINE_ROUNDS=$(ROUNDS) $(CARGO) test --release --locked $(PROCESS_TESTS) -- --test-threads=1
+	$(CARGO) build --release --workspace --bins --locked
+	SPLINE_ROUNDS=$(ROUNDS) RUST_TEST_THREADS=1 $(CARGO) test --release --locked $(PROCESS_TESTS)
 
 bench: cargo tools
-	$(CARGO) build --release --locked $(BINARIES)
-	$(CARGO) run --release --locked -p spline-bench
+	$(CARGO) build --release --workspace --bins --locked
+	$${CARGO_TARGET_DIR:-target}/release/spline-bench $(BENCH)
 
 # Every parser of foreign bytes, with many more generated inputs than make test gives it.
 fuzz: cargo
@@ -41,9 +39,6 @@ fuzz: cargo
 
 fmt:
 	$(CARGO) fmt --all
-
-binaries:
-	$(CARGO) build --locked $(BINARIES)
 
 cargo:
 	@command -v $(CARGO) >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs"; exit 1; }
