@@ -37,8 +37,9 @@ pub(crate) enum SnapshotData {
     Sink(Box<dyn SnapshotSink>),
 }
 
-/// The meta of the last durable checkpoint, shared with the builder that replaces it.
-type LastCheckpoint = Arc<Mutex<Option<SnapshotMeta>>>;
+/// The meta of the last durable checkpoint. Held while that checkpoint is replaced, so that meta and files are always
+/// seen as a pair.
+type LastCheckpoint = Arc<tokio::sync::Mutex<Option<SnapshotMeta>>>;
 
 pub(crate) struct Adapter<S> {
     group: GroupId,
@@ -65,7 +66,7 @@ impl<S: StateMachine> Adapter<S> {
         let applied = last.position.as_ref().map(log_id);
         let meta =
             applied.map(|_| SnapshotMeta { last_log_id: applied, last_membership: membership.clone() });
-        let checkpoint = Arc::new(Mutex::new(meta));
+        let checkpoint = Arc::new(tokio::sync::Mutex::new(meta));
         Ok(Adapter { group, machine, log, applied, membership, checkpoint, started, metrics })
     }
 
@@ -177,17 +178,18 @@ impl<S: StateMachine> RaftStateMachine<TypeConfig> for Adapter<S> {
             return Err(io::Error::other("a snapshot without contents can not be installed"));
         };
         sink.finish().await?;
+        let mut checkpoint = self.checkpoint.lock().await;
         self.machine.installed(to_checkpoint(meta)).await?;
+        *checkpoint = Some(meta.clone());
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
-        set(&self.checkpoint, meta);
         tracing::info!(group = %self.group, meta = %meta, "snapshot installed");
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<OpenraftSnapshot>> {
-        let meta = self.checkpoint.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        let Some(meta) = meta else { return Ok(None) };
+        let checkpoint = self.checkpoint.lock().await;
+        let Some(meta) = checkpoint.clone() else { return Ok(None) };
         let snapshot = if self.started.load(Ordering::Acquire) {
             SnapshotData::Source(self.machine.snapshot_source()?)
         } else {
@@ -202,10 +204,6 @@ fn to_checkpoint(meta: &SnapshotMeta) -> Checkpoint {
         position: meta.last_log_id.as_ref().map(position),
         membership: codec::encode_membership(&meta.last_membership),
     }
-}
-
-fn set(checkpoint: &LastCheckpoint, meta: &SnapshotMeta) {
-    *checkpoint.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(meta.clone());
 }
 
 /// A checkpoint under way, as openraft's snapshot build.
@@ -224,11 +222,16 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     async fn build_snapshot(&mut self) -> io::Result<OpenraftSnapshot> {
         let job = self.job.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let job = job.ok_or_else(|| io::Error::other("a checkpoint is built once"))?;
+        let mut checkpoint = self.checkpoint.lock().await;
+        if let Some(newer) = checkpoint.clone().filter(|last| last.last_log_id > self.meta.last_log_id) {
+            // A snapshot was installed since this one was begun: what it captured is gone.
+            return Ok(Snapshot { meta: newer, snapshot: SnapshotData::Local });
+        }
         if let Err(error) = job.run(to_checkpoint(&self.meta)).await {
             tracing::error!(group = %self.group, %error, "checkpoint failed, this replica stops");
             return Err(error);
         }
-        set(&self.checkpoint, &self.meta);
+        *checkpoint = Some(self.meta.clone());
         if let Some(last) = &self.meta.last_log_id {
             self.log.checkpointed(last.index);
         }
