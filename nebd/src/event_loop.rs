@@ -295,7 +295,11 @@ impl EventLoop {
             Some(Cut::Io(error)) => tracing::debug!(client = id.0, %error, "client gone"),
             None => tracing::debug!(client = id.0, "client gone"),
         }
-        self.connections.remove(&id);
+        if let Some(mut connection) = self.connections.remove(&id)
+            && matches!(cut, Some(Cut::Protocol(_)))
+        {
+            connection.part();
+        }
         self.volume.metrics.connections.set(self.connections.len() as i64);
     }
 

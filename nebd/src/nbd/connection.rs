@@ -230,6 +230,13 @@ impl Connection {
         Ok(self.stalled && behind && self.out.bytes() <= UNSENT_MAX)
     }
 
+    /// Sends what was answered before the client broke the protocol, as far as its socket takes it now.
+    pub fn part(&mut self) {
+        if let Err(error) = self.out.write_to(self.socket.as_fd()) {
+            tracing::debug!(client = self.id.0, %error, "last answers not sent");
+        }
+    }
+
     /// Whether nobody can be answered any more, given that both directions of the socket are closed.
     pub fn is_abandoned(&self) -> bool {
         self.ending || self.stalled
@@ -315,8 +322,8 @@ impl Connection {
             Event::Refused(refused) => {
                 let structured = machine.agreed().structured;
                 let error = (refused.cookie, refused.error);
-                let text = refused.fault.to_string();
-                reply::failed(&mut self.out, structured, error, &text, refused.read_at);
+                // No offset: a range that does not exist has none inside it.
+                reply::failed(&mut self.out, structured, error, &refused.fault.to_string(), None);
                 volume.metrics.refused(refused.fault);
             }
             Event::Disconnect => self.ending = true,

@@ -167,6 +167,10 @@ impl Handshake {
         if self.options > OPTIONS_MAX {
             return violation(Violation::TooMany);
         }
+        if option == OPT_SET_META_CONTEXT {
+            // It replaces the selection before it even when it fails.
+            self.allocation_for = None;
+        }
         if length as usize > OPTION_DATA_MAX {
             self.state = State::Drain { option, left: length };
             return (OPTION_BYTES, None);
@@ -268,9 +272,6 @@ impl Handshake {
     /// NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
     fn meta_context(&mut self, option: u32, data: &[u8], export: &Export, out: &mut SendQueue) {
         let set = option == OPT_SET_META_CONTEXT;
-        if set {
-            self.allocation_for = None;
-        }
         if !self.structured {
             return refuse(out, option, REP_ERR_INVALID, "negotiate structured replies first");
         }

@@ -61,8 +61,6 @@ pub struct Refused {
     pub error: NbdError,
     /// Why, for a structured reply's text.
     pub fault: Fault,
-    /// Where, if it was a read.
-    pub read_at: Option<u64>,
 }
 
 /// How much the connection may still take in.
@@ -229,8 +227,7 @@ impl Transmission {
 
     fn refuse(&mut self, raw: &Raw, fault: Fault) -> Event {
         let op = raw.op().unwrap_or(BlockOp::Flush);
-        let read_at = (op == BlockOp::Read).then_some(raw.offset);
-        let refused = Refused { cookie: raw.cookie, error: nbd_error(op, fault), fault, read_at };
+        let refused = Refused { cookie: raw.cookie, error: nbd_error(op, fault), fault };
         if op != BlockOp::Write || raw.length == 0 {
             return Event::Refused(refused);
         }

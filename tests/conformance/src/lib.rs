@@ -1,6 +1,10 @@
 //! What NBD clients that nobody here wrote see: nbdinfo, nbdcopy, qemu-img, qemu-io, fio, the `nbd` crate.
 //!
-//! One file per behaviour under `tests/`; here is what several of them need. Must never know: how Spline works.
+//! One file per behaviour under `tests/`; `tests/bad_input/` has one per bad input. Here is what several of them need:
+//! [`raw`] speaks NBD byte by byte, [`stage`] watches nebd meanwhile. Must never know: how Spline works.
+
+pub mod raw;
+pub mod stage;
 
 use anyhow::{Context, ensure};
 use std::fs::File;
