@@ -1,6 +1,7 @@
 //! Foreign clients: qemu-img, qemu-io, nbdinfo, nbdcopy, fio.
 
 use anyhow::{Context, bail};
+use std::path::Path;
 use std::process::Command;
 
 /// A program that nobody here wrote.
@@ -17,6 +18,13 @@ impl Tool {
     #[must_use]
     pub fn args<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(mut self, arguments: I) -> Self {
         self.0.args(arguments);
+        self
+    }
+
+    /// Runs it in `dir`: where a tool leaves files behind.
+    #[must_use]
+    pub fn within(mut self, dir: &Path) -> Self {
+        self.0.current_dir(dir);
         self
     }
 
