@@ -5,9 +5,13 @@ CARGO ?= cargo
 PROCESS_TESTS = -p spline-conformance -p spline-fault -p spline-e2e
 ROUNDS ?= 20
 CASES ?= 20000
-TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit
+FUZZ_SECONDS ?= 600
+FUZZ_TOOLCHAIN ?= nightly
+FUZZ_TARGETS = nbd link wire wal
+TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
+	qemu-system-x86_64:qemu-system-x86
 
-.PHONY: demo check test bench soak fuzz fmt tools cargo
+.PHONY: demo check test bench soak fuzz fuzz-tools fmt tools cargo
 
 demo: cargo
 	$(CARGO) build --release --locked -p spline -p spline-nebd
@@ -33,9 +37,23 @@ bench: cargo tools
 	$(CARGO) build --release --workspace --bins --locked
 	$${CARGO_TARGET_DIR:-target}/release/spline-bench $(BENCH)
 
-# Every parser of foreign bytes, with many more generated inputs than make test gives it.
-fuzz: cargo
+# Every parser of foreign bytes: each target of tests/fuzz under libFuzzer for FUZZ_SECONDS, starting from its seeds and from
+# what earlier runs found, then the property tests with many more cases than make test gives them. An input that breaks
+# something is kept in tests/fuzz/artifacts and ends the run.
+fuzz: cargo fuzz-tools
+	for target in $(FUZZ_TARGETS); do \
+		mkdir -p tests/fuzz/corpus/$$target; \
+		$(CARGO) +$(FUZZ_TOOLCHAIN) fuzz run --fuzz-dir tests/fuzz $$target tests/fuzz/corpus/$$target tests/fuzz/seeds/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -print_final_stats=1 || exit 1; \
+	done
 	PROPTEST_CASES=$(CASES) $(CARGO) test --release --locked -p spline-link -p spline-wire -p spline-nebd -p spline-process
+
+# libFuzzer needs a nightly compiler.
+fuzz-tools:
+	@$(CARGO) +$(FUZZ_TOOLCHAIN) --version >/dev/null 2>&1 || rustup toolchain install $(FUZZ_TOOLCHAIN) --profile minimal || \
+		{ echo "fuzzing needs a nightly compiler: rustup toolchain install $(FUZZ_TOOLCHAIN)"; exit 1; }
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz || \
+		{ echo "fuzzing needs cargo-fuzz: cargo install --locked cargo-fuzz"; exit 1; }
 
 fmt:
 	$(CARGO) fmt --all
@@ -43,12 +61,14 @@ fmt:
 cargo:
 	@command -v $(CARGO) >/dev/null || { echo "cargo is missing: install Rust from https://rustup.rs"; exit 1; }
 
-# Installs the foreign clients that are missing; without root says how.
+# Installs the foreign clients that are missing; without root says how. Twice if need be: packages of another source that
+# the new ones can not stand beside are removed by the first installation.
 tools:
-	@missing=""; \
-	for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
-	missing=$$(echo $$missing | tr ' ' '\n' | sort -u | tr '\n' ' '); \
-	if [ -n "$${missing% }" ]; then \
-		if [ "$$(id -u)" = 0 ]; then apt-get install -y --no-install-recommends $$missing || { apt-get update && apt-get install -y --no-install-recommends $$missing; }; \
-		else echo "tests need these packages: sudo apt-get install $$missing"; exit 1; fi; \
-	fi
+	@for round in 1 2 3; do \
+		hash -r; missing=""; \
+		for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
+		missing=$$(echo $$missing | tr ' ' '\n' | sort -u | tr '\n' ' '); \
+		[ -n "$${missing% }" ] || exit 0; \
+		[ "$$(id -u)" = 0 ] && [ $$round -lt 3 ] || { echo "tests need these packages: sudo apt-get install $$missing"; exit 1; }; \
+		apt-get install -y --no-install-recommends $$missing || { apt-get update && apt-get install -y --no-install-recommends $$missing; } || exit 1; \
+	done
