@@ -2,10 +2,10 @@
 
 use anyhow::Context;
 use clap::Parser;
-use spline_bench::fio::{self, WORKLOADS, Workload};
+use spline_bench::fio::{self, Figures, WORKLOADS, Workload};
 use spline_bench::peers::Peer;
 use spline_bench::report::{Series, table};
-use spline_bench::{cpu, floor};
+use spline_bench::{cpu, floor, load};
 use spline_harness::{Cluster, Export, Rig};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,12 @@ struct Args {
     /// Bytes of each volume that are used; filled with data before the first round.
     #[arg(long, default_value_t = 1 << 30)]
     span: u64,
+    /// Only this engine: file or cluster.
+    #[arg(long)]
+    engine: Option<String>,
+    /// Only workloads whose name contains this, such as "4K randwrite".
+    #[arg(long, default_value = "")]
+    workload: String,
     /// Where the tables go; standard output too.
     #[arg(long, default_value = "docs/performance.md")]
     out: PathBuf,
@@ -32,7 +38,47 @@ struct Args {
 struct Target {
     name: &'static str,
     uri: String,
+    socket: PathBuf,
+    export: String,
     pids: Vec<u32>,
+}
+
+impl Target {
+    fn ours(name: &'static str, export: &Export, pids: Vec<u32>) -> Self {
+        let (socket, volume) = (export.socket.clone(), export.volume.clone());
+        Self { name, uri: export.uri(), socket, export: volume, pids }
+    }
+
+    fn peer(name: &'static str, peer: &Peer) -> Self {
+        let (uri, socket) = (peer.uri().to_owned(), peer.socket().to_owned());
+        Self { name, uri, socket, export: String::new(), pids: vec![peer.pid()] }
+    }
+}
+
+/// Who sends the requests.
+#[derive(Clone, Copy)]
+enum Client {
+    Fio,
+    Own,
+}
+
+impl Client {
+    const ALL: [Self; 2] = [Self::Fio, Self::Own];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fio => "fio",
+            Self::Own => "load generator",
+        }
+    }
+
+    fn run(self, target: &Target, workload: &Workload, args: &Args) -> anyhow::Result<Figures> {
+        match self {
+            Self::Fio => fio::run(&target.uri, workload, args.span, args.seconds),
+            Self::Own => load::run(&target.socket, &target.export, workload, args.span, args.seconds),
+        }
+        .with_context(|| format!("{} by {} on {}", workload.name, self.name(), target.name))
+    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -45,8 +91,13 @@ fn main() -> anyhow::Result<()> {
         args.seconds,
         args.span >> 20
     );
-    text += &file_engine(&args)?;
-    text += &cluster(&args)?;
+    let wanted = |engine: &str| args.engine.as_deref().is_none_or(|only| only == engine);
+    if wanted("file") {
+        text += &file_engine(&args)?;
+    }
+    if wanted("cluster") {
+        text += &cluster(&args)?;
+    }
     print!("{text}");
     std::fs::write(&args.out, text).with_context(|| format!("cannot write {}", args.out.display()))
 }
@@ -62,9 +113,9 @@ fn file_engine(args: &Args) -> anyhow::Result<String> {
     let nbdkit = Peer::nbdkit_file(&sized(rig.dir(), "nbdkit", args.span)?, &rig.dir().join("nbdkit.sock"))?;
     let qemu = Peer::qemu_nbd(&sized(rig.dir(), "qemu", args.span)?, &rig.dir().join("qemu.sock"))?;
     let targets = [
-        Target { name: "nbdkit file", uri: nbdkit.uri().to_owned(), pids: vec![nbdkit.pid()] },
-        Target { name: "qemu-nbd none, io_uring", uri: qemu.uri().to_owned(), pids: vec![qemu.pid()] },
-        Target { name: "nebd + gateway, file engine", uri: ours.uri(), pids },
+        Target::peer("nbdkit file", &nbdkit),
+        Target::peer("qemu-nbd none, io_uring", &qemu),
+        Target::ours("nebd + gateway, file engine", &ours, pids),
     ];
     let text = measure(args, &targets, rig.dir())?;
     Ok(format!("\n## File engine\n\nnbdkit serves from the page cache; the other two use direct IO.\n{text}"))
@@ -83,7 +134,7 @@ fn cluster(args: &Args) -> anyhow::Result<String> {
             .chain([&cluster.mds, &cluster.gateway])
             .filter_map(|process| process.id()),
     );
-    let targets = [Target { name: "cluster, 3 replicas", uri: export.uri(), pids }];
+    let targets = [Target::ours("cluster, 3 replicas", &export, pids)];
     let text = measure(args, &targets, cluster.dir())?;
     Ok(format!(
         "\n## Cluster\n\nThree chunkservers on one disk; a write is answered after a majority synced its log.\n{text}"
@@ -97,22 +148,11 @@ fn measure(args: &Args, targets: &[Target], dir: &Path) -> anyhow::Result<String
     }
     let mut text = String::new();
     let mut floors = Vec::new();
-    for workload in &WORKLOADS {
-        let mut rows: Vec<(String, Series)> =
-            targets.iter().map(|target| (target.name.to_owned(), Series::default())).collect();
-        for round in 0..args.rounds as usize {
-            floors.push(floor::write_and_sync_us(dir)?);
-            for step in 0..targets.len() {
-                // A different one begins each round, so that none always runs on a warmed-up or worn-out machine.
-                let at = (round + step) % targets.len();
-                let target = &targets[at];
-                let before = cpu::seconds(&target.pids)?;
-                let figures = fio::run(&target.uri, workload, args.span, args.seconds)
-                    .with_context(|| format!("{} on {}", workload.name, target.name))?;
-                rows[at].1.push(figures, cpu::seconds(&target.pids)? - before);
-            }
+    for workload in WORKLOADS.iter().filter(|workload| workload.name.contains(&args.workload)) {
+        for client in Client::ALL {
+            let rows = rounds(args, client, workload, targets, dir, &mut floors)?;
+            text += &table(&format!("{}, {}", workload.name, client.name()), workload.block_bytes, &rows);
         }
-        text += &table(workload.name, workload.block_bytes, &rows);
     }
     let floor = spline_bench::report::median(&floors);
     // Writing to a String can not fail.
@@ -121,6 +161,29 @@ fn measure(args: &Args, targets: &[Target], dir: &Path) -> anyhow::Result<String
         "\nA 4 KiB direct write and fdatasync on the same disk, median between the runs: {floor:.0} µs."
     );
     Ok(text)
+}
+
+/// All rounds of one workload.
+fn rounds(
+    args: &Args,
+    client: Client,
+    workload: &Workload,
+    targets: &[Target],
+    dir: &Path,
+    floors: &mut Vec<f64>,
+) -> anyhow::Result<Vec<(String, Series)>> {
+    let mut rows: Vec<_> = targets.iter().map(|target| (target.name.to_owned(), Series::default())).collect();
+    for round in 0..args.rounds as usize {
+        floors.push(floor::write_and_sync_us(dir)?);
+        for step in 0..targets.len() {
+            // A different one begins each round, so that none always runs on a warmed-up or worn-out machine.
+            let at = (round + step) % targets.len();
+            let before = cpu::seconds(&targets[at].pids)?;
+            let figures = client.run(&targets[at], workload, args)?;
+            rows[at].1.push(figures, cpu::seconds(&targets[at].pids)? - before);
+        }
+    }
+    Ok(rows)
 }
 
 fn pid_of(export: &Export) -> anyhow::Result<Vec<u32>> {

@@ -55,6 +55,11 @@ impl Peer {
         Ok(peer)
     }
 
+    /// The socket it listens on; its export has the empty name.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// The NBD uri of its export.
     pub fn uri(&self) -> &str {
         &self.uri
