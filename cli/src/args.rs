@@ -168,6 +168,9 @@ pub struct NbdExport {
     /// Refuse writes
     #[arg(long)]
     pub read_only: bool,
+    /// Take the volume from another gateway that still serves it; that one's writes are refused from then on
+    #[arg(long)]
+    pub force: bool,
     /// Link socket of this host's gateway
     #[arg(long, env = "SPLINE_GATEWAY", default_value = GATEWAY_SOCKET, value_name = "PATH")]
     pub gateway: PathBuf,

@@ -65,6 +65,7 @@ fn serve(
         gateway: dir.gateway_socket(),
         listen: NbdAddress::Unix(dir.export_socket(name)?),
         read_only: false,
+        force: false,
         runtime_dir: dir.runtime_dir(),
         log: dir.nebd_log(name),
     };

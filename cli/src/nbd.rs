@@ -54,6 +54,7 @@ fn export(wanted: args::NbdExport) -> anyhow::Result<Exported> {
         gateway: std::path::absolute(wanted.gateway)?,
         listen,
         read_only: wanted.read_only,
+        force: wanted.force,
         runtime_dir: std::path::absolute(wanted.runtime_dir)?,
         log: dir.join(format!("{name}.log")),
     };

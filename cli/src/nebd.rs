@@ -27,6 +27,8 @@ pub struct NebdSpec {
     pub listen: NbdAddress,
     /// Refuse writes.
     pub read_only: bool,
+    /// Take the volume from another gateway.
+    pub force: bool,
     /// Directory of the status files.
     pub runtime_dir: PathBuf,
     /// Where its log goes.
@@ -52,6 +54,9 @@ impl NebdSpec {
         };
         if self.read_only {
             command.arg("--read-only");
+        }
+        if self.force {
+            command.arg("--force");
         }
         command.arg("--runtime-dir").arg(&self.runtime_dir);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);

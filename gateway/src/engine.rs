@@ -96,13 +96,22 @@ pub trait Engine: Send + Sync + 'static {
     fn close(&self) -> BoxFuture<'_, ()>;
 }
 
+/// How a volume is to be opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Wanted {
+    /// Nobody wants to write: a volume that can not be written will do.
+    pub(crate) read_only: bool,
+    /// Take it from another gateway whose lease is alive. A local file is never taken from who holds it.
+    pub(crate) force: bool,
+}
+
 /// Where engines come from.
 pub(crate) trait Opener: Send + Sync + 'static {
-    /// Opens a volume; for reading only if it can not be written and `read_only` says that nobody wants to.
+    /// Opens a volume; for reading only if it can not be written and nobody wants to.
     fn open<'a>(
         &'a self,
         name: &'a VolumeName,
-        read_only: bool,
+        wanted: Wanted,
     ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>>;
 
     /// Ends what runs for all engines. Every volume has been closed.
@@ -135,18 +144,18 @@ impl Opener for Engines {
     fn open<'a>(
         &'a self,
         name: &'a VolumeName,
-        read_only: bool,
+        wanted: Wanted,
     ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
         Box::pin(async move {
             if let Some(path) = name.as_str().strip_prefix("file:") {
                 let (files, path) = (Arc::clone(&self.files), PathBuf::from(path));
-                let opened = tokio::task::spawn_blocking(move || files.open(&path, read_only)).await;
+                let opened = tokio::task::spawn_blocking(move || files.open(&path, wanted.read_only)).await;
                 let opened =
                     opened.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))?;
                 return Ok(Arc::new(opened?) as Arc<dyn Engine>);
             }
             match &self.cluster {
-                Some(cluster) => cluster.open(name).await,
+                Some(cluster) => cluster.open(name, wanted.force).await,
                 None => Err(OpenError::NotFound(format!(
                     "this gateway serves files only: volume={name}; set mds in its config to serve the cluster"
                 ))),

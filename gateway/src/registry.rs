@@ -4,7 +4,7 @@
 //! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others.
 
 use crate::admission::Admission;
-use crate::engine::{OpenError, Opener};
+use crate::engine::{OpenError, Opener, Wanted};
 use crate::metrics::Metrics;
 use crate::session::{Membership, Session};
 use spline_link::InstanceId;
@@ -84,12 +84,12 @@ impl Registry {
     pub(crate) async fn join(
         &self,
         name: &VolumeName,
-        read_only: bool,
+        wanted: Wanted,
         instance: InstanceId,
         socket: &Arc<OwnedFd>,
     ) -> Result<Membership, OpenError> {
         let slot = self.slot(name)?;
-        let joined = self.join_slot(&slot, name, read_only, instance, socket).await;
+        let joined = self.join_slot(&slot, name, wanted, instance, socket).await;
         if joined.is_err() {
             self.forget(name, &slot);
         }
@@ -100,7 +100,7 @@ impl Registry {
         &self,
         slot: &Slot,
         name: &VolumeName,
-        read_only: bool,
+        wanted: Wanted,
         instance: InstanceId,
         socket: &Arc<OwnedFd>,
     ) -> Result<Membership, OpenError> {
@@ -111,14 +111,14 @@ impl Registry {
         if let Some(open) = session.as_ref() {
             let stale = open.is_lost() || open.leaving.is_cancelled();
             // A session for reading only makes room for a writer when nobody uses it any more.
-            let too_narrow = open.engine.traits().read_only && !read_only && open.links() == 0;
+            let too_narrow = open.engine.traits().read_only && !wanted.read_only && open.links() == 0;
             if !stale && !too_narrow {
                 return Ok(open.join(instance, socket));
             }
             self.end(open).await;
             *session = None;
         }
-        let engine = self.engines.open(name, read_only).await?;
+        let engine = self.engines.open(name, wanted).await?;
         let traits = engine.traits();
         info!(volume = %name, engine = engine.name(), epoch = %traits.epoch, read_only = traits.read_only, "session is open");
         self.metrics.sessions.inc();

@@ -27,6 +27,10 @@ pub struct Config {
     pub allow_insecure: bool,
     /// Refuse writes.
     pub read_only: bool,
+    /// Take the volume from another gateway that serves it, once, at the start. A flag only: from a file, a nebd that is
+    /// started again would take it again.
+    #[serde(skip)]
+    pub force: bool,
     /// TCP address for `GET /metrics`.
     pub metrics_listen: Option<SocketAddr>,
     /// Holds `nebd/<volume>.json` while the volume is served.
@@ -48,6 +52,7 @@ impl Default for Config {
             listen_tcp: None,
             allow_insecure: false,
             read_only: false,
+            force: false,
             metrics_listen: None,
             runtime_dir: "/run/spline".into(),
             max_connections: 64,

@@ -79,6 +79,7 @@ impl Nebd {
             features: 0,
             mode: Mode::Open,
             read_only: config.read_only,
+            force: config.force,
             // A fresh hasher is keyed at random; that is all an instance id needs.
             instance: InstanceId(RandomState::new().build_hasher().finish()),
             volume: checked.volume.clone(),

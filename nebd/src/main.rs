@@ -41,6 +41,9 @@ struct Flags {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// Take the volume from another gateway that still serves it; that one's writes are refused from then on
+    #[arg(long)]
+    force: bool,
     /// TCP address for GET /metrics
     #[arg(long, value_name = "ADDRESS")]
     metrics_listen: Option<SocketAddr>,
@@ -61,6 +64,7 @@ impl Flags {
         config.metrics_listen = self.metrics_listen.or(config.metrics_listen);
         config.allow_insecure |= self.allow_insecure;
         config.read_only |= self.read_only;
+        config.force = self.force;
     }
 }
 

@@ -98,7 +98,7 @@ impl Sessions {
             return Ok(());
         }
         Err(Refusal::precondition(format!(
-            "volume is open on another gateway, close it there, wait for its lease, or use force: name={} gateway={} \
+            "volume is open on another gateway, close it there, wait for its lease, or use --force: name={} gateway={} \
              lease_left_ms={}",
             volume.name,
             session.gateway,

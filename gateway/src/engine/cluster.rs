@@ -48,8 +48,8 @@ impl Cluster {
         Self { client, gateway: gateway.to_owned(), leases }
     }
 
-    pub(crate) async fn open(&self, name: &VolumeName) -> Result<Arc<dyn Engine>, OpenError> {
-        let opened = self.client.open_session(name, &self.gateway, false).await.map_err(refused)?;
+    pub(crate) async fn open(&self, name: &VolumeName, force: bool) -> Result<Arc<dyn Engine>, OpenError> {
+        let opened = self.client.open_session(name, &self.gateway, force).await.map_err(refused)?;
         let volume = Arc::new(Volume::new(name.clone(), self.client.clone(), &opened));
         self.leases.add(&volume, opened.lease);
         Ok(Arc::new(ClusterEngine { volume, leases: Arc::clone(&self.leases) }))

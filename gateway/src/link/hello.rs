@@ -3,7 +3,7 @@
 //! Called by the link. What it reads is foreign.
 
 use super::{Links, unexpected_end};
-use crate::engine::OpenError;
+use crate::engine::{OpenError, Wanted};
 use crate::session::{Membership, Session};
 use spline_link::hello::HELLO_BYTES_MAX;
 use spline_link::{Accepted, Hello, LinkError, LinkVersion, Refusal, Refused, VolumeTraits, Welcome};
@@ -72,7 +72,8 @@ async fn open(
     socket: &Arc<OwnedFd>,
     links: &Links,
 ) -> Result<(Membership, Accepted), Refused> {
-    let joined = links.registry.join(&hello.volume, hello.read_only, hello.instance, socket).await;
+    let wanted = Wanted { read_only: hello.read_only, force: hello.force };
+    let joined = links.registry.join(&hello.volume, wanted, hello.instance, socket).await;
     let membership = joined.map_err(|error| {
         let refusal = match error {
             OpenError::NotFound(_) => Refusal::NotFound,

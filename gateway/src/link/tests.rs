@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::config::Config;
-use crate::engine::{Engine, EngineTraits, OpenError, Opener};
+use crate::engine::{Engine, EngineTraits, OpenError, Opener, Wanted};
 use crate::gateway::Gateway;
 use crate::registry::SessionLimits;
 use spline_link::{HEADER_BYTES, Hello, InstanceId, Mode, Refusal, VersionRange, Welcome};
@@ -33,7 +33,15 @@ impl Nebd {
     ) -> (Self, Welcome) {
         let volume: VolumeName = volume.parse().expect("a name");
         let instance = InstanceId(instance);
-        let hello = Hello { versions: VersionRange::OURS, features: 0, mode, read_only, instance, volume };
+        let hello = Hello {
+            versions: VersionRange::OURS,
+            features: 0,
+            mode,
+            read_only,
+            force: false,
+            instance,
+            volume,
+        };
         stream.write_all(&hello.encode()).await.expect("sends");
         let mut bytes = Vec::new();
         loop {
@@ -269,7 +277,7 @@ impl Engine for Gated {
 struct One(Arc<Gated>);
 
 impl Opener for One {
-    fn open<'a>(&'a self, _: &'a VolumeName, _: bool) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
+    fn open<'a>(&'a self, _: &'a VolumeName, _: Wanted) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
         let (log, gate) = (Arc::clone(&self.0.log), Arc::clone(&self.0.gate));
         let standing = self.0.standing.clone();
         Box::pin(async move { Ok(Arc::new(Gated { log, gate, standing }) as Arc<dyn Engine>) })

@@ -18,6 +18,7 @@ pub const HELLO_FIXED_BYTES: usize = 32;
 pub const HELLO_BYTES_MAX: usize = HELLO_FIXED_BYTES + VOLUME_NAME_BYTES_MAX;
 
 const FLAG_READ_ONLY: u8 = 1;
+const FLAG_FORCE: u8 = 2;
 
 /// Names one nebd process: random, new at every start. A resume is recognised by it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -44,6 +45,9 @@ pub struct Hello {
     pub mode: Mode,
     /// nebd will not modify the volume.
     pub read_only: bool,
+    /// Take the volume from another gateway whose lease is alive. Holds for a first link only: a nebd whose volume was
+    /// taken must not take it back.
+    pub force: bool,
     /// Which nebd this is.
     pub instance: InstanceId,
     /// The volume.
@@ -63,7 +67,9 @@ impl Hello {
             Mode::Open => 1,
             Mode::Resume => 2,
         };
-        bytes[17] = if self.read_only { FLAG_READ_ONLY } else { 0 };
+        let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+        let force = self.force && self.mode == Mode::Open;
+        bytes[17] = flag(self.read_only, FLAG_READ_ONLY) | flag(force, FLAG_FORCE);
         // A VolumeName is at most 255 bytes long.
         put(&mut bytes, 18, &(name.len() as u16).to_le_bytes());
         put(&mut bytes, 24, &self.instance.0.to_le_bytes());
@@ -88,7 +94,9 @@ impl Hello {
             2 => Mode::Resume,
             other => return Err(LinkError::Unknown { field: "mode", value: other.into() }),
         };
-        zero("flags", u64::from(bytes[17] & !FLAG_READ_ONLY))?;
+        // A flag that this build does not know, or a force that a resume must not use.
+        let known = if mode == Mode::Open { FLAG_READ_ONLY | FLAG_FORCE } else { FLAG_READ_ONLY };
+        zero("flags", u64::from(bytes[17] & !known))?;
         zero("reserved", u32_at(bytes, 20).into())?;
         let name_len = u16_at(bytes, 18);
         within("name_len", name_len.into(), VOLUME_NAME_BYTES_MAX as u64)?;
@@ -101,6 +109,7 @@ impl Hello {
             features: u64_at(bytes, 8),
             mode,
             read_only: bytes[17] & FLAG_READ_ONLY != 0,
+            force: bytes[17] & FLAG_FORCE != 0,
             instance: InstanceId(u64_at(bytes, 24)),
             volume: name.parse().map_err(LinkError::Text)?,
         };

@@ -19,6 +19,7 @@ fn hello() -> Hello {
         features: 0x0102,
         mode: Mode::Resume,
         read_only: true,
+        force: false,
         instance: InstanceId(0x1122_3344_5566_7788),
         volume: "vm/disk0".parse().expect("a volume name"),
     }
@@ -48,6 +49,19 @@ fn golden_hello_v1() {
         hex(&hello().encode()),
         "53504c480100020002010000000000000201080000000000887766554433221176 6d2f6469736b30".replace(' ', "")
     );
+}
+
+#[test]
+fn only_a_first_link_may_force() {
+    let first = Hello { mode: Mode::Open, force: true, ..hello() };
+    let bytes = first.encode();
+    assert_eq!(bytes[17], 3);
+    assert_eq!(Hello::decode(&bytes).expect("decodes"), Some((first.clone(), bytes.len())));
+    let resumed = Hello { mode: Mode::Resume, ..first };
+    let mut bytes = resumed.encode();
+    assert_eq!(bytes[17], 1);
+    bytes[17] = 3;
+    assert!(Hello::decode(&bytes).is_err());
 }
 
 #[test]

@@ -21,14 +21,23 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::{info, warn};
+
+/// How long a file that is locked is waited for. A gateway that was killed holds its files a little longer than it
+/// lives: the kernel ends its io_uring, and the requests in it, after the process is gone. Far below the time that a nebd
+/// waits for a welcome.
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
+/// How often a locked file is tried.
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Where files may lie, and how they are used.
 pub(crate) struct Files {
     roots: Vec<PathBuf>,
     io: FileIo,
     buffers: BufferPool,
+    lock_limit: Duration,
 }
 
 /// An open, locked file.
@@ -42,7 +51,13 @@ struct Opened {
 
 impl Files {
     pub(crate) fn new(roots: Vec<PathBuf>, io: FileIo, buffers: BufferPool) -> Self {
-        Self { roots, io, buffers }
+        Self { roots, io, buffers, lock_limit: LOCK_LIMIT }
+    }
+
+    /// As `self`, but waits another time for a locked file.
+    #[cfg(test)]
+    pub(super) fn waiting(self, lock_limit: Duration) -> Self {
+        Self { lock_limit, ..self }
     }
 
     /// Opens a file for writing, or for reading only if it can not be written and `read_only` says that nobody wants
@@ -109,7 +124,7 @@ impl Files {
         } else {
             FlockOperation::NonBlockingLockShared
         };
-        flock(&buffered, lock).map_err(|error| match error {
+        self.lock(&buffered, lock).map_err(|error| match error {
             Errno::WOULDBLOCK => {
                 OpenError::Held(format!("file is in use by another process: path={shown}; see lslocks"))
             }
@@ -140,6 +155,18 @@ impl Files {
             rotational,
             geometry,
         })
+    }
+
+    /// Locks a file; waits a little for one that is held.
+    fn lock(&self, file: &OwnedFd, lock: FlockOperation) -> Result<(), Errno> {
+        let give_up_at = Instant::now() + self.lock_limit;
+        loop {
+            match flock(file, lock) {
+                Err(Errno::WOULDBLOCK) if Instant::now() < give_up_at => std::thread::sleep(LOCK_RETRY),
+                Err(Errno::INTR) => {}
+                locked => return locked,
+            }
+        }
     }
 
     /// Opens a path below the first root that it lies in; links that lead out of the root are not followed.

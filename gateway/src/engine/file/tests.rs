@@ -6,6 +6,7 @@ use crate::engine::OpenError;
 use proptest::prelude::*;
 use spline_types::RequestId;
 use std::path::Path;
+use std::time::Duration;
 
 const SIZE: u64 = 4 << 20;
 
@@ -16,7 +17,7 @@ fn image(dir: &Path, name: &str) -> PathBuf {
 }
 
 fn files(root: &Path, io: FileIo) -> Files {
-    Files::new(vec![root.to_owned()], io, BufferPool::new())
+    Files::new(vec![root.to_owned()], io, BufferPool::new()).waiting(Duration::from_millis(20))
 }
 
 fn request(op: BlockOp, offset: u64, length: u64) -> BlockRequest {
@@ -117,6 +118,27 @@ async fn status_tells_data_from_holes() {
         let inside = Extent { length: 4096, ..data };
         assert_eq!(status((1 << 20) + 4096, 4096).await, Ok(EngineAnswer::Extents(vec![inside])), "{way}");
     }
+}
+
+/// What a killed gateway leaves: a lock that the kernel lets go of a little after the process is gone.
+#[tokio::test]
+async fn a_lock_that_is_let_go_of_soon_is_waited_for() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = image(dir.path(), "disk");
+    let held = std::fs::File::open(&path).expect("opens");
+    held.lock().expect("locks");
+    let files = files(dir.path(), FileIo::Direct);
+    assert!(matches!(files.open(&path, false), Err(OpenError::Held(_))));
+    let files = files.waiting(Duration::from_secs(60));
+    let (begun, opening) = std::sync::mpsc::channel();
+    let opener = std::thread::spawn(move || {
+        begun.send(()).expect("the test waits");
+        files.open(&path, false).map(drop)
+    });
+    opening.recv().expect("begins");
+    assert!(!opener.is_finished(), "nothing is opened while it is locked");
+    drop(held);
+    opener.join().expect("ends").expect("opens when the lock is free");
 }
 
 #[tokio::test]
