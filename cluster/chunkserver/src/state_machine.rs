@@ -5,6 +5,7 @@
 //! one, makes apply wait, never answer differently), `log_before_chunk` (bytes reach a chunk file only here).
 
 pub mod meta;
+pub mod relied;
 pub mod snapshot;
 
 use crate::command::{Command, encode_answer};
@@ -14,15 +15,16 @@ use crate::store::{ChunkStore, Merge, Patience, StoreError, Unsynced};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use meta::Meta;
+use relied::Relied;
 use snapshot::{Sink, Source, Staged};
 use spline_raft::{
     Answer, Checkpoint, CheckpointJob, LogCommand, LogPosition, SnapshotSink, SnapshotSource, StateMachine,
 };
-use spline_types::{ChunkCommand, ChunkOp, CopysetId, Fault, Invalid};
+use spline_types::{ChunkCommand, ChunkOp, CopysetId, Fault, Invalid, VolumeId};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -49,6 +51,7 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// The chunks and the fence of the last durable checkpoint.
     durable: Mutex<Meta>,
+    relied: Mutex<Relied>,
 }
 
 impl Shared {
@@ -62,7 +65,13 @@ impl Shared {
     ) -> Self {
         let fence = RwLock::new(durable.fence.clone());
         let (replay_until, stop) = (AtomicU64::new(u64::MAX), CancellationToken::new());
-        Self { copyset, dir, store, fence, replay_until, stop, metrics, durable: Mutex::new(durable) }
+        let (durable, relied) = (Mutex::new(durable), Mutex::default());
+        Self { copyset, dir, store, fence, replay_until, stop, metrics, durable, relied }
+    }
+
+    /// The chunks that a snapshot under way relies on.
+    pub fn relied(&self) -> MutexGuard<'_, Relied> {
+        self.relied.lock().expect("no panic under the lock")
     }
 
     fn durable(&self) -> Meta {
@@ -82,6 +91,8 @@ impl Shared {
         patience: Patience,
     ) -> Result<(), StoreError> {
         let ChunkCommand { chunk, range, .. } = *command;
+        let mut relied = self.relied();
+        relied.before_change(self, chunk, patience)?;
         match command.op {
             ChunkOp::Write => self.store.write(chunk, range, payload, merge, patience),
             ChunkOp::WriteZeroes => self.store.write_zeroes(chunk, range, merge, patience),
@@ -130,8 +141,7 @@ impl CopysetMachine {
             Command::Fence { volume, epoch } => Ok(self.fence(|fence| fence.advance(volume, epoch))),
             Command::DeleteVolume(volume) => {
                 self.fence(|fence| fence.delete(volume));
-                let shared = Arc::clone(&self.shared);
-                blocking(move || shared.store.delete_volume(volume)).await.map(Ok)
+                self.delete_chunks(position, volume).await.map(Ok)
             }
         }
     }
@@ -149,28 +159,49 @@ impl CopysetMachine {
             false => Err(StoreError::WouldBlock),
         };
         let mut told = false;
-        loop {
-            match done {
-                Ok(()) => return Ok(()),
-                Err(StoreError::WouldBlock) => {}
-                Err(StoreError::NoSpace) => {
-                    // Others have this entry and it can not be refused any more: wait for space.
-                    if !std::mem::replace(&mut told, true) {
-                        let Shared { copyset, .. } = &*self.shared;
-                        tracing::error!(%copyset, chunk = %command.chunk, "disk is full, replica waits for space");
-                    }
-                    tokio::select! {
-                        () = tokio::time::sleep(FULL_RETRY) => {}
-                        () = self.shared.stop.cancelled() => return Err(io::ErrorKind::StorageFull.into()),
-                    }
-                }
-                Err(StoreError::Io(error)) => return Err(error),
-                Err(error @ StoreError::Corrupt { .. }) => return Err(io::Error::other(error)),
-            }
+        while self.once_more(position, done, &mut told).await? {
             let (shared, payload) = (Arc::clone(&self.shared), payload.clone());
             done =
                 blocking(move || Ok(shared.carry_out(&command, &payload, merge, Patience::Blocking))).await?;
         }
+        Ok(())
+    }
+
+    async fn delete_chunks(&self, position: LogPosition, volume: VolumeId) -> io::Result<()> {
+        let (mut done, mut told) = (Err(StoreError::WouldBlock), false);
+        while self.once_more(position, done, &mut told).await? {
+            let shared = Arc::clone(&self.shared);
+            let work = move || -> Result<(), StoreError> {
+                shared.relied().before_delete(&shared, volume)?;
+                Ok(shared.store.delete_volume(volume)?)
+            };
+            done = blocking(move || Ok(work())).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether what ended with `done` is to be tried once more. An entry in the log can not be refused any more: on a
+    /// full disk it waits for space.
+    async fn once_more(
+        &self,
+        position: LogPosition,
+        done: Result<(), StoreError>,
+        told: &mut bool,
+    ) -> io::Result<bool> {
+        match done {
+            Ok(()) => return Ok(false),
+            Err(StoreError::WouldBlock) => {}
+            Err(StoreError::NoSpace) => {
+                if !std::mem::replace(told, true) {
+                    let copyset = self.shared.copyset;
+                    tracing::error!(%copyset, %position, "disk is full, replica waits for space");
+                }
+                wait_for_space(&self.shared).await?;
+            }
+            Err(StoreError::Io(error)) => return Err(error),
+            Err(error @ StoreError::Corrupt { .. }) => return Err(io::Error::other(error)),
+        }
+        Ok(true)
     }
 
     fn fence<T>(&self, change: impl FnOnce(&mut FenceTable) -> T) -> T {
@@ -217,22 +248,18 @@ impl StateMachine for CopysetMachine {
             )));
         }
         let shared = Arc::clone(&self.shared);
-        blocking(move || {
+        let meta = blocking(move || {
             staged.adopt(&shared)?;
             let unsynced = shared.store.unsynced();
             unsynced.sync()?;
-            let meta = Meta {
-                position: checkpoint.position,
-                membership: checkpoint.membership,
-                fence: staged.fence,
-                chunks: unsynced.present,
-            };
-            meta.save(&shared.dir, shared.copyset)?;
-            *shared.fence.write().expect("no panic under the lock") = meta.fence.clone();
-            shared.set_durable(meta);
-            Ok(())
+            let Checkpoint { position, membership } = checkpoint;
+            Ok(Meta { position, membership, fence: staged.fence, chunks: unsynced.present })
         })
-        .await
+        .await?;
+        let fence = meta.fence.clone();
+        save_when_there_is_room(Arc::clone(&self.shared), meta).await?;
+        *self.shared.fence.write().expect("no panic under the lock") = fence;
+        Ok(())
     }
 }
 
@@ -248,19 +275,47 @@ impl CheckpointJob for Job {
         Box::pin(async move {
             let start = Instant::now();
             let metrics = Arc::clone(&self.shared.metrics);
-            blocking(move || {
-                let Job { unsynced, fence, shared } = *self;
-                unsynced.sync()?;
-                let Checkpoint { position, membership } = checkpoint;
-                let meta = Meta { position, membership, fence, chunks: unsynced.present };
-                meta.save(&shared.dir, shared.copyset)?;
-                shared.set_durable(meta);
-                Ok(())
-            })
-            .await?;
+            let Job { unsynced, fence, shared } = *self;
+            let unsynced = blocking(move || unsynced.sync().map(|()| unsynced)).await?;
+            let Checkpoint { position, membership } = checkpoint;
+            let meta = Meta { position, membership, fence, chunks: unsynced.present };
+            save_when_there_is_room(shared, meta).await?;
             metrics.checkpoint_seconds.observe(start.elapsed().as_secs_f64());
             Ok(())
         })
+    }
+}
+
+/// Makes a checkpoint durable, and waits while the disk is full: the old one stays in force, and the log is kept.
+async fn save_when_there_is_room(shared: Arc<Shared>, meta: Meta) -> io::Result<()> {
+    let meta = Arc::new(meta);
+    let mut told = false;
+    loop {
+        let (to, what) = (Arc::clone(&shared), Arc::clone(&meta));
+        match blocking(move || what.save(&to.dir, to.copyset)).await {
+            Ok(()) => break,
+            Err(error) if is_full(&error) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::error!(copyset = %shared.copyset, %error, "disk is full, checkpoint waits for space");
+                }
+            }
+            Err(error) => return Err(error),
+        }
+        wait_for_space(&shared).await?;
+    }
+    shared.set_durable(Arc::unwrap_or_clone(meta));
+    Ok(())
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Pauses before the next try on a full disk.
+async fn wait_for_space(shared: &Shared) -> io::Result<()> {
+    tokio::select! {
+        () = tokio::time::sleep(FULL_RETRY) => Ok(()),
+        () = shared.stop.cancelled() => Err(io::ErrorKind::StorageFull.into()),
     }
 }
 

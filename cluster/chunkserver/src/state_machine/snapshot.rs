@@ -14,6 +14,7 @@
 //! blocks. Blocks that are not allocated are not sent.
 
 use super::meta::{put_count, put_fence, take_chunk, take_count, take_fence};
+use super::relied::Reliance;
 use super::{Shared, blocking};
 use crate::fence::FenceTable;
 use crate::store::checksum::crc32c;
@@ -35,9 +36,9 @@ pub const VERSIONS: [u32; 1] = [
     1, // pieces of 128 blocks
 ];
 /// Pieces of a chunk.
-const PIECES: u32 = 32;
+pub(super) const PIECES: u32 = 32;
 /// Blocks of a piece: 512 KiB, so that an item with its checksums stays below 1 MiB.
-const PIECE_BLOCKS: u32 = CHUNK_BLOCKS / PIECES;
+pub(super) const PIECE_BLOCKS: u32 = CHUNK_BLOCKS / PIECES;
 /// Where a copyset gathers what arrives.
 pub const INCOMING: &str = "incoming";
 /// Bytes of a chunk's entry in a manifest.
@@ -204,8 +205,8 @@ pub struct Staged {
     pub position: Option<LogPosition>,
     /// The fence after it.
     pub fence: FenceTable,
-    /// Chunks that the replica had already, with their digests.
-    same: Vec<(ChunkId, u64)>,
+    /// The chunks that the replica had already.
+    relies: Reliance,
     /// Chunks that lie in `incoming/`.
     incoming: Vec<ChunkId>,
 }
@@ -214,22 +215,26 @@ impl Staged {
     /// Puts it in place of the copyset's chunks. Blocks.
     ///
     /// # Errors
-    /// If the disk fails, or if a chunk that the sender did not send has changed since.
+    /// If the disk fails.
     pub fn adopt(&self, shared: &Shared) -> io::Result<()> {
-        for (id, digest) in &self.same {
+        let found = self.relies.end();
+        for (id, digest) in &found.in_place {
             let chunk = shared.store.get(*id, Patience::Blocking).map_err(to_io)?;
             if chunk.is_none_or(|chunk| chunk.summary(PIECE_BLOCKS).1 != *digest) {
                 return Err(io::Error::other(format!(
-                    "chunk changed while a snapshot arrived, restart: chunk={id}"
+                    "chunk changed although a snapshot relies on it: chunk={id}"
                 )));
             }
         }
-        let keep: BTreeSet<_> = self.same.iter().map(|(id, _)| *id).collect();
+        let keep: BTreeSet<_> = found.in_place.iter().map(|(id, _)| *id).collect();
         for id in shared.store.present().into_iter().filter(|id| !keep.contains(id)) {
             shared.store.remove(id)?;
         }
         let incoming = shared.dir.join(INCOMING);
-        self.incoming.iter().try_for_each(|id| shared.store.adopt(*id, &incoming.join(file_name(*id))))
+        self.incoming
+            .iter()
+            .chain(&found.kept)
+            .try_for_each(|id| shared.store.adopt(*id, &incoming.join(file_name(*id))))
     }
 }
 
@@ -243,7 +248,7 @@ pub struct Sink {
 #[derive(Default)]
 struct Gathering {
     manifest: Manifest,
-    same: Vec<(ChunkId, u64)>,
+    relies: Option<Reliance>,
     complete: BTreeSet<ChunkId>,
     /// Chunks under way, with the pieces that are missing.
     partial: BTreeMap<ChunkId, (Arc<Chunk>, u32)>,
@@ -280,9 +285,10 @@ impl SnapshotSink for Sink {
                 return Err(invalid(format!("snapshot ended before all of it was received: chunk={id}")));
             }
             File::open(self.shared.dir.join(INCOMING))?.sync_all()?;
-            let Gathering { manifest, same, complete, .. } = gathering;
+            let Gathering { manifest, relies, complete, .. } = gathering;
+            let relies = relies.ok_or_else(|| invalid("snapshot ended before it began".to_owned()))?;
             let incoming = complete.into_iter().collect();
-            let staged = Staged { position: manifest.position, fence: manifest.fence, same, incoming };
+            let staged = Staged { position: manifest.position, fence: manifest.fence, relies, incoming };
             *self.staged.lock().expect("no panic under the lock") = Some(staged);
             Ok(())
         }))
@@ -290,19 +296,18 @@ impl SnapshotSink for Sink {
 }
 
 /// Compares the manifest with what is here; returns the items that are missing.
-fn begin(shared: &Shared, manifest: Manifest) -> io::Result<(Gathering, Vec<u32>)> {
+fn begin(shared: &Arc<Shared>, manifest: Manifest) -> io::Result<(Gathering, Vec<u32>)> {
     let dir = shared.dir.join(INCOMING);
     fs::create_dir_all(&dir)?;
     let mut left = list(&dir)?;
+    let relies = Reliance::begin(shared);
     let mut gathering = Gathering::default();
     let mut wanted = Vec::new();
     for (number, entry) in (0u32..).zip(&manifest.chunks) {
-        let digest = |chunk: &Chunk| chunk.summary(PIECE_BLOCKS).1;
-        let living = shared.store.get(entry.id, Patience::Blocking).map_err(to_io)?;
-        if living.is_some_and(|chunk| digest(&chunk) == entry.digest) {
-            gathering.same.push((entry.id, entry.digest));
+        if relies.rely_on(entry.id, entry.digest).map_err(to_io)? {
             continue;
         }
+        let digest = |chunk: &Chunk| chunk.summary(PIECE_BLOCKS).1;
         let path = dir.join(file_name(entry.id));
         if left.contains(&entry.id) && digest(&reopen(entry.id, &path)?) == entry.digest {
             left.remove(&entry.id);
@@ -321,6 +326,7 @@ fn begin(shared: &Shared, manifest: Manifest) -> io::Result<(Gathering, Vec<u32>
         shared.store.disk().pool.give_back(&dir.join(file_name(id)))?;
     }
     gathering.manifest = manifest;
+    gathering.relies = Some(relies);
     Ok((gathering, wanted))
 }
 

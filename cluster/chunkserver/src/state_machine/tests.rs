@@ -147,6 +147,47 @@ async fn a_replica_is_copied_and_an_interrupted_copy_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn old_entries_that_are_applied_while_a_copy_arrives_do_not_spoil_it() {
+    let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
+    let pools = [0, 1].map(|i| pool(dirs[i].path()));
+    let mut from = Replica::open(dirs[0].path(), &pools[0]);
+    let mut to = Replica::open(dirs[1].path(), &pools[1]);
+    for (index, volume) in [(1, 1), (2, 1), (3, 2)] {
+        let command = write(chunk(volume, index as u32), 2, index, 1, 5);
+        assert_eq!(from.apply(index, command.clone(), b"hello").await, Ok(()));
+        assert_eq!(to.apply(index, command, b"hello").await, Ok(()));
+    }
+    assert_eq!(from.apply(6, write(chunk(1, 0), 2, 6, 1, 5), b"extra").await, Ok(()));
+    from.checkpoint(6).await;
+
+    let mut source = from.machine.snapshot_source().expect("source");
+    let mut sink = to.machine.snapshot_sink().expect("sink");
+    let wanted = sink.begin(source.manifest()).await.expect("begins");
+    assert_eq!(wanted.len(), 1, "three chunks are there already");
+    // Entries that lay in the log here, and that what the sender has comes after.
+    assert_eq!(to.apply(4, write(chunk(1, 1), 2, 4, 1, 5), b"older").await, Ok(()));
+    assert_eq!(to.apply(5, Command::DeleteVolume(VolumeId::new(2)), b"").await, Ok(()));
+    sink.write(wanted[0], source.read(wanted[0]).await.expect("reads")).await.expect("writes");
+    sink.finish().await.expect("finishes");
+    to.machine.installed(from.machine.checkpoint()).await.expect("is installed");
+
+    for again in 0..2 {
+        for id in [chunk(1, 1), chunk(1, 2), chunk(2, 3)] {
+            assert_eq!(to.read(id, 6), b"hello\0", "{id} {again}");
+        }
+        assert_eq!(to.shared.store.present(), from.shared.store.present());
+        drop(to);
+        to = Replica::open(dirs[1].path(), &pools[1]);
+    }
+    assert_eq!(to.apply(7, write(chunk(1, 1), 2, 7, 1, 5), b"newer").await, Ok(()));
+    assert_eq!(
+        std::fs::read_dir(dirs[1].path().join("incoming")).expect("lists").count(),
+        0,
+        "nothing is left over"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_makes_apply_wait_and_not_differ() {
     let dir = tempfile::tempdir().expect("tempdir");
     let pool = Pool::open(&dir.path().join("pool"), 1, crate::store::layout::FILE_BYTES, 0).expect("pool");

@@ -107,9 +107,10 @@ impl Pool {
         let path = state.free.pop().ok_or(StoreError::NoSpace)?;
         drop(state);
         self.changed.notify_all();
-        let file = OpenOptions::new().read(true).write(true).open(&path)?;
-        fs::rename(&path, to)?;
-        Ok(file)
+        let opened = OpenOptions::new().read(true).write(true).open(&path);
+        let moved = opened.and_then(|file| fs::rename(&path, to).map(|()| file));
+        // Not lost: a directory that can not grow on a full disk takes it later.
+        moved.inspect_err(|_| self.lock().free.push(path)).map_err(StoreError::from)
     }
 
     /// Takes the chunk file at `path` back.
@@ -301,6 +302,15 @@ mod tests {
             assert_eq!(bytes.len() as u64, FILE_BYTES);
             assert!(bytes.iter().all(|byte| *byte == 0));
         }
+    }
+
+    #[test]
+    fn a_file_that_can_not_be_moved_stays_ready() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let pool = Pool::open(&dir.path().join("pool"), 1, FILE_BYTES, 0).expect("opens");
+        until("one spare", || pool.status().free == 1);
+        assert!(matches!(pool.take(&dir.path().join("none/chunk"), true), Err(StoreError::Io(_))));
+        pool.take(&dir.path().join("chunk"), true).expect("it is still there");
     }
 
     #[test]
