@@ -10,12 +10,16 @@ use std::path::Path;
 use std::sync::Mutex;
 use tracing_subscriber::EnvFilter;
 
-/// Sets up logging of this process. The filter comes from `SPLINE_LOG`, else `RUST_LOG`, else is `info`.
+/// What is logged unless the environment says otherwise. Raft's library tells of every heartbeat at `info`.
+const DEFAULT: &str = "info,openraft=warn";
+
+/// Sets up logging of this process. The filter comes from `SPLINE_LOG`, else `RUST_LOG`, else is `info`, and `warn` for
+/// raft's library.
 ///
 /// # Errors
 /// If the filter does not parse, or logging is already set up.
 pub fn init(process: &str, json: bool) -> anyhow::Result<()> {
-    let builder = tracing_subscriber::fmt().with_env_filter(filter("info")?).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter(DEFAULT)?).with_writer(std::io::stderr);
     let result = match json {
         true => builder.json().flatten_event(true).try_init(),
         false => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
