@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Requests in flight.
 pub const DEPTH: usize = 32;
@@ -36,6 +36,8 @@ fn offset(number: usize) -> u64 {
 struct Told {
     answered: AtomicU64,
     reconnected: AtomicU64,
+    /// Longest that a request has waited for its answer, microseconds.
+    longest_wait: AtomicU64,
     stop: AtomicBool,
     /// Ends of the connection that are not a defect: the test kills nebd.
     nebd_may_die: AtomicBool,
@@ -57,6 +59,7 @@ impl Workload {
             history,
             random: StdRng::seed_from_u64(seed),
             slots: vec![None; DEPTH],
+            waiting_since: None,
             told: Arc::clone(&told),
         };
         Self { thread: std::thread::spawn(move || runner.run()), told }
@@ -70,6 +73,11 @@ impl Workload {
     /// Times it has connected anew.
     pub fn reconnected(&self) -> u64 {
         self.told.reconnected.load(Ordering::Acquire)
+    }
+
+    /// Longest that a request has waited for its answer so far, over reconnections: what a guest notices.
+    pub fn longest_wait(&self) -> Duration {
+        Duration::from_micros(self.told.longest_wait.load(Ordering::Acquire))
     }
 
     /// From now on the end of the connection is no defect.
@@ -124,6 +132,8 @@ pub fn verify(socket: &Path, export: &str, history: &mut History) -> anyhow::Res
 struct Request {
     block: usize,
     is_read: bool,
+    /// Sent then.
+    since: Instant,
 }
 
 struct Runner {
@@ -133,6 +143,8 @@ struct Runner {
     random: StdRng,
     /// What is in flight; the cookie is the position.
     slots: Vec<Option<Request>>,
+    /// Since when the oldest request of a connection that ended has waited; until the next answer.
+    waiting_since: Option<Instant>,
     told: Arc<Told>,
 }
 
@@ -180,7 +192,8 @@ impl Runner {
             }
         };
         let is_read = self.random.random_range(0..3) == 0;
-        self.slots[slot] = Some(Request { block, is_read });
+        let since = self.waiting_since.unwrap_or_else(Instant::now);
+        self.slots[slot] = Some(Request { block, is_read, since });
         let (kind, data) = match is_read {
             true => (Kind::Read, Vec::new()),
             false => (Kind::Write, block::fill(block as u64, self.history.begin_write(block))),
@@ -203,6 +216,9 @@ impl Runner {
             self.history.acknowledged(request.block);
         }
         self.slots[slot] = None;
+        self.waiting_since = None;
+        let waited = request.since.elapsed().as_micros() as u64;
+        self.told.longest_wait.fetch_max(waited, Ordering::AcqRel);
         self.told.answered.fetch_add(1, Ordering::AcqRel);
         Ok(true)
     }
@@ -213,8 +229,12 @@ impl Runner {
             self.told.nebd_may_die.load(Ordering::Acquire),
             "connection ended, though nebd was not killed"
         );
-        for request in self.slots.iter_mut().filter_map(Option::take).filter(|request| !request.is_read) {
-            self.history.lost(request.block);
+        for request in self.slots.iter_mut().filter_map(Option::take) {
+            self.waiting_since =
+                Some(self.waiting_since.map_or(request.since, |oldest| oldest.min(request.since)));
+            if !request.is_read {
+                self.history.lost(request.block);
+            }
         }
         Ok(false)
     }

@@ -1,13 +1,16 @@
 //! A cluster of real processes on loopback: one metadata server, three chunkservers, a gateway, and a nebd per export.
 
+use crate::export::Export;
 use crate::process::Process;
-use crate::{binaries, ports, tool, wait_until};
+use crate::proxy::{self, Hold};
+use crate::{binaries, metrics, ports, tool, wait_until};
 use anyhow::{Context, ensure};
 use serde_json::Value;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Chunkservers of a cluster under test.
@@ -28,29 +31,39 @@ pub struct Cluster {
     pub gateway: Process,
     mds_address: SocketAddr,
     chunkserver_addresses: Vec<SocketAddr>,
+    metrics_addresses: Vec<SocketAddr>,
+    hold: Arc<Hold>,
     dir: TempDir,
 }
 
-/// A nebd process and what it exports.
-#[derive(Debug)]
-pub struct Export {
-    /// The process.
-    pub nebd: Process,
-    /// Its unix socket.
-    pub socket: PathBuf,
-    /// The volume, which is the export's name too.
-    pub volume: String,
+/// What a cluster under test is like, where it is not as usual.
+#[derive(Clone, Debug, Default)]
+pub struct Shape {
+    /// Log that a copyset may have past its checkpoint, such as `1M`; empty: the default.
+    pub checkpoint_log: &'static str,
+    /// Chunkservers are reached through proxies that can hold a message back, see [`Cluster::hold`].
+    pub proxied: bool,
+    /// Where the first chunkserver keeps its data; the others, in the cluster's directory.
+    pub first_data_dir: Option<PathBuf>,
 }
 
 impl Cluster {
-    /// Starts all and waits until every copyset is led.
+    /// Starts all, as usual, and waits until every copyset is led.
     ///
     /// # Errors
     /// What did not start.
     pub fn start() -> anyhow::Result<Self> {
+        Self::start_as(&Shape::default())
+    }
+
+    /// As [`Cluster::start`], in another shape.
+    ///
+    /// # Errors
+    /// What did not start.
+    pub fn start_as(shape: &Shape) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("spline-").tempdir()?;
         let root = dir.path();
-        let addresses = ports::free(CHUNKSERVERS + 2)?;
+        let addresses = ports::free(2 * CHUNKSERVERS + 2)?;
         let mds_address = addresses[0];
         let mds = configured(
             root,
@@ -61,24 +74,44 @@ impl Cluster {
                 made(root.join("mds"))?
             ),
         )?;
-        let mut chunkservers = Vec::new();
-        let chunkserver_addresses = addresses[1..=CHUNKSERVERS].to_vec();
-        for (at, listen) in chunkserver_addresses.iter().enumerate() {
+        let (mut chunkservers, mut chunkserver_addresses) = (Vec::new(), Vec::new());
+        let hold = Arc::new(Hold::default());
+        let metrics_addresses = addresses[CHUNKSERVERS + 1..=2 * CHUNKSERVERS].to_vec();
+        for (at, listen) in addresses[1..=CHUNKSERVERS].iter().enumerate() {
             let number = at + 1;
             let name = format!("chunkserver{number}");
-            let text = format!(
-                "data_dir = {:?}\nlisten = \"{listen}\"\nzone = \"z{number}\"\nmds = [\"{mds_address}\"]\nspare_chunks = 2\n",
-                made(root.join(&name))?
+            let data_dir =
+                shape.first_data_dir.clone().filter(|_| at == 0).unwrap_or_else(|| root.join(&name));
+            let metrics = metrics_addresses[at];
+            let mut text = format!(
+                "data_dir = {:?}\nlisten = \"{listen}\"\nzone = \"z{number}\"\nmds = [\"{mds_address}\"]\nspare_chunks = 2\n\
+                 metrics_listen = \"{metrics}\"\n",
+                made(data_dir)?
             );
+            let mut address = *listen;
+            if shape.proxied {
+                let proxy = TcpListener::bind("127.0.0.1:0")?;
+                address = proxy.local_addr()?;
+                text += &format!("advertise = \"{address}\"\n");
+                proxy::start(proxy, *listen, Arc::clone(&hold))?;
+            }
+            if !shape.checkpoint_log.is_empty() {
+                text += &format!("checkpoint_log = {:?}\n", shape.checkpoint_log);
+            }
+            chunkserver_addresses.push(address);
             chunkservers.push(configured(root, &name, "spline-chunkserver", &text)?);
         }
-        let text = format!(
-            "id = \"test\"\nlink_socket = {:?}\nadmin_listen = \"{}\"\nmds = [\"{mds_address}\"]\n",
-            root.join("gateway.sock"),
-            addresses[CHUNKSERVERS + 1],
-        );
-        let gateway = configured(root, "gateway", "spline-gateway", &text)?;
-        let mut cluster = Self { mds, chunkservers, gateway, mds_address, chunkserver_addresses, dir };
+        let gateway = gateway(root, "gateway", mds_address, addresses[2 * CHUNKSERVERS + 1])?;
+        let mut cluster = Self {
+            mds,
+            chunkservers,
+            gateway,
+            mds_address,
+            chunkserver_addresses,
+            metrics_addresses,
+            hold,
+            dir,
+        };
         cluster.mds.start()?;
         cluster.chunkservers.iter_mut().try_for_each(Process::start)?;
         cluster.gateway.start()?;
@@ -91,6 +124,19 @@ impl Cluster {
         self.dir.path()
     }
 
+    /// Directory of a chunkserver's data, if it lies in the cluster's directory.
+    pub fn data_dir(&self, chunkserver: usize) -> PathBuf {
+        self.dir().join(format!("chunkserver{}", chunkserver + 1))
+    }
+
+    /// Metrics page of a chunkserver.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn metrics_page(&self, chunkserver: usize) -> anyhow::Result<String> {
+        metrics::page(self.metrics_addresses[chunkserver])
+    }
+
     /// Where the metadata server listens.
     pub fn mds_address(&self) -> SocketAddr {
         self.mds_address
@@ -99,6 +145,39 @@ impl Cluster {
     /// Link socket of the gateway.
     pub fn gateway_socket(&self) -> PathBuf {
         self.dir().join("gateway.sock")
+    }
+
+    /// What the proxies of a cluster that has some hold back.
+    pub fn hold(&self) -> &Hold {
+        &self.hold
+    }
+
+    /// Starts a second gateway, of another name; answers it and its link socket.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn second_gateway(&self) -> anyhow::Result<(Process, PathBuf)> {
+        let mut process = gateway(self.dir(), "gateway2", self.mds_address, ports::free(1)?[0])?;
+        process.start()?;
+        let socket = self.dir().join("gateway2.sock");
+        wait_until("the second gateway to listen", START_LIMIT, || {
+            process.assert_running()?;
+            Ok(Some(std::os::unix::net::UnixStream::connect(&socket).map(drop)?))
+        })?;
+        Ok((process, socket))
+    }
+
+    /// Sum of a counter or gauge of one chunkserver, over all labels that begin as `name` does.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn metric(&self, chunkserver: usize, name: &str) -> anyhow::Result<f64> {
+        metrics::sum(self.metrics_addresses[chunkserver], name)
+    }
+
+    /// As [`Cluster::metric`], over all chunkservers that answer.
+    pub fn metric_of_all(&self, name: &str) -> f64 {
+        (0..CHUNKSERVERS).filter_map(|chunkserver| self.metric(chunkserver, name).ok()).sum()
     }
 
     /// Runs `spline --json` with `arguments` and answers what it printed.
@@ -138,17 +217,38 @@ impl Cluster {
         Ok(Status {
             servers: servers
                 .map(|server| Server {
+                    id: server["id"].as_u64().unwrap_or(0),
                     number: self.number_of(server["address"].as_str().unwrap_or_default()),
                     state: server["state"].as_str().unwrap_or_default().to_owned(),
+                    full: server["full"].as_bool().unwrap_or(false),
+                    heard: Duration::from_millis(server["last_heartbeat_ms"].as_u64().unwrap_or(u64::MAX)),
                     leaders: server["leaders"].as_u64().unwrap_or(0),
                 })
                 .collect(),
-            leaders: copysets.map(|copyset| copyset["leader"].as_u64()).collect(),
+            leaders: copysets.clone().map(|copyset| copyset["leader"].as_u64()).collect(),
+            members: copysets
+                .map(|copyset| {
+                    copyset["members"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect()
+                })
+                .collect(),
         })
     }
 
     fn number_of(&self, address: &str) -> Option<usize> {
         self.chunkserver_addresses.iter().position(|known| known.to_string() == address)
+    }
+
+    /// Waits until every chunkserver has reported once more, and so was told what the metadata server knows now.
+    ///
+    /// # Errors
+    /// If one has not.
+    pub fn wait_until_told(&self) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        wait_until("every chunkserver to be told", START_LIMIT, || {
+            let status = self.status()?;
+            let told = |server: &Server| server.number.is_none() || server.heard < begun.elapsed();
+            Ok(status.servers.iter().all(told).then_some(()))
+        })
     }
 
     /// Positions in [`Cluster::chunkservers`], the one that leads most copysets first.
@@ -157,6 +257,7 @@ impl Cluster {
     /// If the metadata server does not answer.
     pub fn by_leadership(&self) -> anyhow::Result<Vec<usize>> {
         let mut servers = self.status()?.servers;
+        servers.retain(|server| server.number.is_some());
         servers.sort_by_key(|server| std::cmp::Reverse(server.leaders));
         let numbers: Vec<usize> = servers.iter().filter_map(|server| server.number).collect();
         ensure!(numbers.len() == CHUNKSERVERS, "chunkservers={numbers:?}");
@@ -205,57 +306,32 @@ pub struct Status {
     pub servers: Vec<Server>,
     /// The leader's id of each copyset.
     pub leaders: Vec<Option<u64>>,
+    /// The members' ids of each copyset.
+    pub members: Vec<Vec<u64>>,
+}
+
+impl Status {
+    /// The server that runs at a position in [`Cluster::chunkservers`] now.
+    pub fn server(&self, number: usize) -> Option<&Server> {
+        self.servers.iter().find(|server| server.number == Some(number))
+    }
 }
 
 /// What the metadata server thinks of a chunkserver.
 #[derive(Debug)]
 pub struct Server {
+    /// Its id; another one once its directory was emptied.
+    pub id: u64,
     /// Position in [`Cluster::chunkservers`].
     pub number: Option<usize>,
     /// up, down or gone.
     pub state: String,
+    /// It can not take another chunk.
+    pub full: bool,
+    /// Time since it last reported.
+    pub heard: Duration,
     /// Copysets it leads.
     pub leaders: u64,
-}
-
-impl Export {
-    /// Starts a nebd on `<dir>/<volume>.sock`, and waits until it serves.
-    ///
-    /// # Errors
-    /// Why it does not serve.
-    pub fn start(dir: &Path, gateway: &Path, volume: &str, read_only: bool) -> anyhow::Result<Self> {
-        let name = format!("nebd-{}{}", volume.replace(['/', ':'], "_"), if read_only { "-ro" } else { "" });
-        let socket = dir.join(format!("{name}.sock"));
-        let text = format!(
-            "volume = {volume:?}\ngateway_socket = {gateway:?}\nlisten_unix = {socket:?}\nread_only = {read_only}\nruntime_dir = {:?}\n",
-            dir.join(format!("run-{name}"))
-        );
-        let nebd = configured(dir, &name, "spline-nebd", &text)?;
-        let mut export = Self { nebd, socket, volume: volume.to_owned() };
-        export.nebd.start()?;
-        export.wait_until_serving()?;
-        Ok(export)
-    }
-
-    /// Waits until a client can enter the export.
-    ///
-    /// # Errors
-    /// Why none can.
-    pub fn wait_until_serving(&mut self) -> anyhow::Result<()> {
-        wait_until("nebd to serve", START_LIMIT, || {
-            self.nebd.assert_running()?;
-            let connection =
-                crate::nbd::Connection::open(&self.socket, &self.volume, Duration::from_secs(10))?;
-            connection.close()?;
-            Ok(Some(()))
-        })
-        .with_context(|| self.nebd.log_tail())
-    }
-
-    /// Its NBD URI.
-    pub fn uri(&self) -> String {
-        format!("nbd+unix:///{}?socket={}", self.volume, self.socket.display())
-    }
 }
 
 /// A process with a config file of its own.
@@ -263,6 +339,13 @@ pub(crate) fn configured(dir: &Path, name: &str, binary: &str, text: &str) -> an
     let file = dir.join(format!("{name}.toml"));
     std::fs::write(&file, text)?;
     Ok(Process::new(name, binaries::find(binary)?, vec!["--config".into(), file.into()], dir))
+}
+
+fn gateway(root: &Path, name: &str, mds: SocketAddr, admin: SocketAddr) -> anyhow::Result<Process> {
+    let socket = root.join(format!("{name}.sock"));
+    let text =
+        format!("id = {name:?}\nlink_socket = {socket:?}\nadmin_listen = \"{admin}\"\nmds = [\"{mds}\"]\n");
+    configured(root, name, "spline-gateway", &text)
 }
 
 fn made(path: PathBuf) -> anyhow::Result<PathBuf> {

@@ -27,6 +27,11 @@ impl Process {
         Self { name: name.to_owned(), binary, arguments, log: dir.join(format!("{name}.log")), child: None }
     }
 
+    /// Adds arguments for the next starts.
+    pub fn add_arguments(&mut self, arguments: &[&str]) {
+        self.arguments.extend(arguments.iter().map(OsString::from));
+    }
+
     /// Its name in logs and messages.
     pub fn name(&self) -> &str {
         &self.name

@@ -1,6 +1,7 @@
 //! What a behaviour is tested against: a gateway on local files, or a whole cluster.
 
-use crate::cluster::{Cluster, Export, START_LIMIT, configured};
+use crate::cluster::{Cluster, START_LIMIT, configured};
+use crate::export::Export;
 use crate::process::Process;
 use crate::wait_until;
 use std::os::unix::net::UnixStream;
