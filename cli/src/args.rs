@@ -145,6 +145,15 @@ pub enum Nbd {
         after_help = "Examples:\n  spline nbd export disk0 --socket /tmp/disk0.sock\n  spline nbd export disk0 --tcp 127.0.0.1:10809 --read-only"
     )]
     Export(NbdExport),
+    /// Stop the nebd process that serves a volume; its clients are disconnected, the volume stays
+    #[command(after_help = "Example:\n  spline nbd rm disk0")]
+    Rm {
+        /// The volume, as `nbd ls` shows it
+        volume: String,
+        /// Directory of the status files
+        #[arg(long, env = "SPLINE_RUNTIME_DIR", default_value = RUNTIME_DIR, value_name = "DIR")]
+        runtime_dir: PathBuf,
+    },
     /// List the exports of this host
     #[command(after_help = "Example:\n  spline nbd ls")]
     Ls {
@@ -203,6 +212,10 @@ pub struct Dev {
     /// Delete the data of earlier runs first
     #[arg(long)]
     pub fresh: bool,
+    /// Raft groups of a cluster that is made anew; a host of a real one has about a hundred, but three of these hosts
+    /// elect all their leaders at once here
+    #[arg(long, default_value_t = 12, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub copysets: u32,
 }
 
 #[cfg(test)]

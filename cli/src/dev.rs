@@ -43,7 +43,7 @@ pub fn run(wanted: &args::Dev, output: Output) -> anyhow::Result<()> {
     spline_process::logs::init_to_file("dev", &dir.log(), "info,openraft=warn")?;
     let stop = Stop::install().context("can not take over SIGTERM and SIGINT")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let parts = runtime.block_on(Parts::start(&dir))?;
+    let parts = runtime.block_on(Parts::start(&dir, wanted.copysets))?;
     let outcome = serve(wanted, output, &dir, &runtime, began, &stop);
     runtime.block_on(parts.shutdown());
     outcome

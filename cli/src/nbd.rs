@@ -6,7 +6,7 @@ pub mod status;
 
 use crate::args;
 use crate::nbd_client::NbdAddress;
-use crate::nebd::{NebdSpec, file_name};
+use crate::nebd::{self, NebdSpec, file_name};
 use crate::output::{Output, table};
 use anyhow::Context;
 use serde::Serialize;
@@ -15,6 +15,16 @@ use std::time::Duration;
 
 /// Time for a new export to serve: a gateway that must take the session of a dead one over waits for its lease (10 s).
 const SERVE_LIMIT: Duration = Duration::from_secs(20);
+
+/// Time for a nebd to answer what it has in hand and end, before it is killed.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// What `nbd rm` prints.
+#[derive(Serialize)]
+struct Removed {
+    volume: String,
+    pid: u32,
+}
 
 /// What `nbd export` prints.
 #[derive(Serialize)]
@@ -32,6 +42,9 @@ struct Exported {
 pub fn run(command: args::Nbd, output: Output) -> anyhow::Result<()> {
     match command {
         args::Nbd::Export(wanted) => output.print(&export(wanted)?, |exported| format!("{}\n", exported.uri)),
+        args::Nbd::Rm { volume, runtime_dir } => output.print(&remove(&volume, &runtime_dir)?, |removed| {
+            format!("export removed: volume={} pid={}\n", removed.volume, removed.pid)
+        }),
         args::Nbd::Ls { runtime_dir } => {
             let found = status::read_all(&runtime_dir)?;
             output.print(&found, |found| list(found, &runtime_dir))
@@ -72,6 +85,25 @@ fn export(wanted: args::NbdExport) -> anyhow::Result<Exported> {
         return Err(error);
     }
     Ok(Exported { uri: spec.uri(), pid: child.id(), volume: spec.volume, log: spec.log })
+}
+
+fn remove(volume: &str, runtime_dir: &Path) -> anyhow::Result<Removed> {
+    let found = status::read_all(runtime_dir)?;
+    let export = found.into_iter().find(|export| export.volume == volume);
+    let export = export.with_context(|| {
+        format!("not exported here, see spline nbd ls: volume={volume} runtime_dir={}", runtime_dir.display())
+    })?;
+    let pid = export.pid;
+    if export.alive {
+        nebd::stop(pid, STOP_LIMIT, || !nebd::is_alive(pid))
+            .with_context(|| format!("can not stop nebd: pid={pid}"))?;
+    }
+    // A nebd that was killed has left its file.
+    std::fs::remove_file(&export.file).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error).with_context(|| format!("can not remove: path={}", export.file.display())),
+    })?;
+    Ok(Removed { volume: volume.to_owned(), pid })
 }
 
 fn list(found: &[status::ExportStatus], runtime_dir: &Path) -> String {

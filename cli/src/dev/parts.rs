@@ -15,9 +15,6 @@ use spline_process::metrics::{self, Endpoint};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Copysets of the cluster to try. Fewer than a real one's hundred: three disks in one process elect their leaders
-/// at once, and two cores are to do it within a second.
-const COPYSETS: u32 = 12;
 /// How often the cluster is asked whether it is ready.
 const ASK_EVERY: Duration = Duration::from_millis(25);
 
@@ -34,32 +31,22 @@ impl Parts {
     ///
     /// # Errors
     /// Which part could not be started, and why.
-    pub async fn start(dir: &DevDir) -> anyhow::Result<Self> {
+    pub async fn start(dir: &DevDir, copysets: u32) -> anyhow::Result<Self> {
         let state = dir.state();
         let mut pages = Pages { addresses: state.metrics.iter().copied(), endpoints: Vec::new() };
 
         let mut registry = Registry::default();
         let settings = json!({
-            "data_dir": dir.data("mds")?, "listen": state.mds, "copysets": COPYSETS, "heartbeat": "200ms",
+            "data_dir": dir.data("mds")?, "listen": state.mds, "copysets": copysets, "heartbeat": "200ms",
         });
         let mds = Mds::start(config(settings)?, &mut registry)
             .await
             .context("can not start the metadata server")?;
         pages.serve(registry)?;
 
-        let mut registries: [Registry; CHUNKSERVERS] = Default::default();
         let mut chunkservers = Vec::new();
-        for (at, registry) in registries.iter_mut().enumerate() {
-            let number = at + 1;
-            let settings = json!({
-                "data_dir": dir.data(&format!("chunkserver{number}"))?, "listen": state.chunkservers[at],
-                "zone": format!("z{number}"), "mds": [state.mds], "spare_chunks": 2,
-            });
-            let started = Chunkserver::start(config(settings)?, registry).await;
-            chunkservers
-                .push(started.with_context(|| format!("can not start a chunkserver: number={number}"))?);
-        }
-        for registry in registries {
+        for (chunkserver, registry) in start_chunkservers(dir).await? {
+            chunkservers.push(chunkserver);
             pages.serve(registry)?;
         }
 
@@ -81,6 +68,31 @@ impl Parts {
         }
         self.mds.shutdown().await;
     }
+}
+
+/// Starts the chunkservers at once: each reads its whole log first.
+async fn start_chunkservers(dir: &DevDir) -> anyhow::Result<Vec<(Chunkserver, Registry)>> {
+    let state = dir.state();
+    let mut starting = Vec::new();
+    for (at, listen) in state.chunkservers.iter().enumerate() {
+        let number = at + 1;
+        let settings = json!({
+            "data_dir": dir.data(&format!("chunkserver{number}"))?, "listen": listen,
+            "zone": format!("z{number}"), "mds": [state.mds], "spare_chunks": 2, "log_segment": "32M",
+        });
+        let config: spline_chunkserver::Config = config(settings)?;
+        starting.push(tokio::spawn(async move {
+            let mut registry = Registry::default();
+            let started = Chunkserver::start(config, &mut registry).await;
+            let started = started.with_context(|| format!("can not start a chunkserver: number={number}"));
+            started.map(|chunkserver| (chunkserver, registry))
+        }));
+    }
+    let mut started = Vec::new();
+    for chunkserver in starting {
+        started.push(chunkserver.await.context("a start panicked")??);
+    }
+    Ok(started)
 }
 
 /// Metrics pages, one address after the other.

@@ -5,7 +5,7 @@
 use crate::nebd::is_alive;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// One nebd process.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -21,6 +21,9 @@ pub struct ExportStatus {
     /// Whether the process lives; not in the file.
     #[serde(default, skip_deserializing)]
     pub alive: bool,
+    /// Where this was read.
+    #[serde(skip)]
+    pub file: PathBuf,
 }
 
 /// Reads all status files, by volume name. No directory means no exports.
@@ -41,12 +44,18 @@ pub fn read_all(runtime_dir: &Path) -> anyhow::Result<Vec<ExportStatus>> {
         }
         let text = std::fs::read_to_string(&path).unwrap_or_default();
         match serde_json::from_str::<ExportStatus>(&text) {
-            Ok(status) => found.push(ExportStatus { alive: is_alive(status.pid), ..status }),
+            Ok(status) => found.push(ExportStatus { alive: is_nebd(status.pid), file: path, ..status }),
             Err(error) => tracing::warn!(path = %path.display(), %error, "status file is skipped"),
         }
     }
     found.sort_by(|a, b| a.volume.cmp(&b.volume));
     Ok(found)
+}
+
+/// Whether a process of this id lives and is a nebd: the system gives numbers out again.
+fn is_nebd(pid: u32) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    is_alive(pid) && name.trim_end() == "spline-nebd"
 }
 
 #[cfg(test)]
@@ -63,14 +72,21 @@ mod tests {
         let file = |pid: u32, volume: &str| {
             format!(r#"{{"pid":{pid},"volume":"{volume}","sockets":["/s"],"version":"1","more":1}}"#)
         };
-        write("b.json", &file(std::process::id(), "b"));
+        let program = dir.path().join("spline-nebd");
+        std::fs::copy("/bin/sleep", &program).expect("copies");
+        let mut living = std::process::Command::new(&program).arg("60").spawn().expect("starts");
+        write("b.json", &file(living.id(), "b"));
         write("a.json", &file(u32::MAX, "a"));
+        // The number belongs to another program by now.
+        write("d.json", &file(std::process::id(), "d"));
         write("c.json", "{half");
         write("c.log", "no status");
         let found = read_all(dir.path()).expect("reads");
         assert_eq!(
             found.iter().map(|e| (e.volume.as_str(), e.alive)).collect::<Vec<_>>(),
-            [("a", false), ("b", true)]
+            [("a", false), ("b", true), ("d", false)]
         );
+        living.kill().expect("ends");
+        living.wait().expect("ends");
     }
 }

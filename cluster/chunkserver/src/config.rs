@@ -5,9 +5,15 @@
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use spline_types::ByteSize;
+use spline_types::limits::CHUNK_BYTES;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// Smallest file of the log: twice the largest entry, which writes a whole chunk.
+const LOG_SEGMENT_MIN: u64 = 2 * CHUNK_BYTES as u64;
+/// Largest file of the log: what the log's format can address.
+const LOG_SEGMENT_MAX: u64 = 1 << 30;
 
 /// Settings of one chunkserver, which serves one data directory (one disk).
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,6 +45,8 @@ pub struct Config {
     pub election_max_ms: u64,
     /// Log that a copyset may have past its checkpoint, such as `64M`; more: it is checkpointed.
     pub checkpoint_log: String,
+    /// Size of one file of the log, such as `64M`; three exist at least. At a start all of them are read.
+    pub log_segment: String,
     /// Limit of replica copying, bytes per second, such as `100M`.
     pub snapshot_rate: String,
 }
@@ -59,6 +67,7 @@ impl Default for Config {
             election_min_ms: 600,
             election_max_ms: 1000,
             checkpoint_log: "64M".into(),
+            log_segment: "64M".into(),
             snapshot_rate: "100M".into(),
         }
     }
@@ -121,6 +130,22 @@ impl Config {
         size("checkpoint_log", &self.checkpoint_log)
     }
 
+    /// Size of one file of the log, bytes.
+    ///
+    /// # Errors
+    /// If it is not a size, or not a multiple of 4096 from 32 MiB to 1 GiB: an entry that writes a whole chunk must fit
+    /// into one file.
+    pub fn log_segment(&self) -> anyhow::Result<u64> {
+        let bytes = size("log_segment", &self.log_segment)?;
+        let fits = (LOG_SEGMENT_MIN..=LOG_SEGMENT_MAX).contains(&bytes) && bytes.is_multiple_of(4096);
+        anyhow::ensure!(
+            fits,
+            "value is out of range or no multiple of 4096: key=log_segment value={bytes} \
+             allowed={LOG_SEGMENT_MIN}..={LOG_SEGMENT_MAX}"
+        );
+        Ok(bytes)
+    }
+
     /// Limit of replica copying, bytes per second.
     ///
     /// # Errors
@@ -149,6 +174,9 @@ mod tests {
         assert!(config.listen().is_ok());
         assert_eq!(config.capacity().expect("parses"), 0);
         assert_eq!(config.checkpoint_log().expect("parses"), 64 << 20);
+        assert_eq!(config.log_segment().expect("parses"), 64 << 20);
+        let small = Config { log_segment: "16M".into(), ..Config::default() };
+        assert!(small.log_segment().is_err());
         assert_eq!(config.snapshot_rate().expect("parses"), 100 << 20);
         assert_eq!(config.metrics_listen().expect("parses"), None);
     }

@@ -32,7 +32,7 @@ use prometheus_client::registry::Registry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use service::Service;
 use spline_raft::wal::WalError;
-use spline_raft::{RaftConfig, RaftError, RaftHost};
+use spline_raft::{RaftConfig, RaftError, RaftHost, WalConfig};
 use spline_types::ChunkserverId;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -199,6 +199,7 @@ fn raft_config(config: &Config, id: ChunkserverId) -> anyhow::Result<RaftConfig>
         election_max: Duration::from_millis(config.election_max_ms),
         checkpoint_log_bytes: config.checkpoint_log()?,
         snapshot_bytes_per_second: config.snapshot_rate()?,
+        wal: WalConfig { segment_bytes: config.log_segment()?, ..WalConfig::default() },
         ..RaftConfig::new(dir, node_of(id))
     })
 }

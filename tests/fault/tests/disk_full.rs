@@ -9,8 +9,8 @@ use spline_harness::nbd::{Connection, Kind, errno};
 use spline_harness::small_disk::SmallDisk;
 use spline_harness::{Cluster, Shape, wait_until};
 
-/// Room for the log's segments (three of 64 MiB), the reserve (64 MiB) and some twenty chunks.
-const DISK_BYTES: u64 = 640 << 20;
+/// Room for the log's segments (three of 32 MiB), the reserve (64 MiB) and some twenty chunks.
+const DISK_BYTES: u64 = 512 << 20;
 /// One block in each chunk of the volume.
 const CHUNKS: usize = 64;
 const CHUNK_BYTES: u64 = 16 << 20;

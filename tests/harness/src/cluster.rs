@@ -84,7 +84,7 @@ impl Cluster {
                 shape.first_data_dir.clone().filter(|_| at == 0).unwrap_or_else(|| root.join(&name));
             let metrics = metrics_addresses[at];
             let mut text = format!(
-                "data_dir = {:?}\nlisten = \"{listen}\"\nzone = \"z{number}\"\nmds = [\"{mds_address}\"]\nspare_chunks = 2\n\
+                "data_dir = {:?}\nlisten = \"{listen}\"\nzone = \"z{number}\"\nmds = [\"{mds_address}\"]\nspare_chunks = 2\nlog_segment = \"32M\"\n\
                  metrics_listen = \"{metrics}\"\n",
                 made(data_dir)?
             );
