@@ -146,7 +146,7 @@ struct Joined {
 impl Joined {
     fn new(op: ChunkOp) -> Self {
         let answer = match op {
-            ChunkOp::Read => EngineAnswer::Data(Vec::new()),
+            ChunkOp::Read | ChunkOp::Peek => EngineAnswer::Data(Vec::new()),
             ChunkOp::Status => EngineAnswer::Extents(Vec::new()),
             ChunkOp::Write | ChunkOp::WriteZeroes | ChunkOp::Discard => EngineAnswer::Done,
         };

@@ -6,13 +6,15 @@
 //! newer epoch first makes that epoch durable through the log; a write carries it in its own entry), `bounded`.
 
 use crate::command::{Command, decode_answer};
+use crate::mend;
 use crate::state_machine::Shared;
 use crate::store::{Patience, StoreError};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use spline_raft::{Group, GroupStatus, NodeId, ProposeError};
 use spline_types::{ChunkCommand, ChunkOp, ChunkserverId, Extent, Fault, Invalid, Unavailable};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -21,7 +23,9 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 const INFLIGHT_REQUESTS: usize = 2048;
 /// How often a read begins anew because its lease ran out under it, before it is refused.
 const READ_TRIES: usize = 3;
-/// A leader that finds a damaged block hands leadership on at most this often: if it comes back sooner, the others
+/// Damaged blocks that one read has mended, before it is left to another replica.
+const MENDS: usize = 64;
+/// A leader that finds a damaged block which it can not mend hands leadership on at most this often: if it comes back sooner, the others
 /// could not serve the block either.
 const STEP_ASIDE: Duration = Duration::from_secs(30);
 
@@ -31,6 +35,8 @@ pub struct ServerState {
     pub budget: Semaphore,
     /// Servers that can not take another chunk, as the metadata server last said.
     pub full: ArcSwap<HashSet<ChunkserverId>>,
+    /// Where the peers are, as the metadata server last said.
+    pub book: ArcSwap<HashMap<NodeId, SocketAddr>>,
 }
 
 impl ServerState {
@@ -40,7 +46,11 @@ impl ServerState {
 
     /// Nothing in hand, nobody full.
     pub fn new() -> Self {
-        Self { budget: Semaphore::new(Self::BUDGET_BYTES / Self::UNIT), full: ArcSwap::default() }
+        Self {
+            budget: Semaphore::new(Self::BUDGET_BYTES / Self::UNIT),
+            full: ArcSwap::default(),
+            book: ArcSwap::default(),
+        }
     }
 
     fn admit(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Fault> {
@@ -111,10 +121,19 @@ impl Copyset {
         }
         let overloaded = |_| Fault::Unavailable(Unavailable::Overloaded);
         let _turn = self.inflight.try_acquire().map_err(overloaded)?;
-        let carried = if command.op == ChunkOp::Read { command.range.length() as usize } else { expected };
+        let carried = if matches!(command.op, ChunkOp::Read | ChunkOp::Peek) {
+            command.range.length() as usize
+        } else {
+            expected
+        };
         let _bytes = self.server.admit(carried)?;
         match command.op {
             ChunkOp::Read | ChunkOp::Status => self.read(command).await,
+            // A peer judges it by its checksum.
+            ChunkOp::Peek => self.read_here(command).await.map_err(|error| match error {
+                StoreError::Corrupt { .. } => Fault::Corrupt,
+                _ => Fault::Internal,
+            }),
             ChunkOp::Write | ChunkOp::WriteZeroes | ChunkOp::Discard => self.change(command, payload).await,
         }
     }
@@ -161,10 +180,7 @@ impl Copyset {
                 self.log_epoch(&command).await?;
                 continue;
             }
-            let outcome = match self.read_once(&command, Patience::Inline) {
-                Err(StoreError::WouldBlock) => self.read_blocking(command).await,
-                outcome => outcome,
-            };
+            let outcome = self.read_mending(command).await;
             // A process that was stopped in between must not answer with what was true before.
             if lease.still_held() {
                 return match outcome {
@@ -174,6 +190,28 @@ impl Copyset {
             }
         }
         Err(Fault::Unavailable(Unavailable::Unreachable))
+    }
+
+    /// Reads what lies here; damaged blocks are mended from the peers.
+    async fn read_mending(&self, command: ChunkCommand) -> Result<Outcome, StoreError> {
+        let mut outcome = self.read_here(command).await;
+        for _ in 0..MENDS {
+            let Err(StoreError::Corrupt { chunk, block }) = outcome else { break };
+            let GroupStatus { voters, leader, .. } = self.group.status();
+            let peers = voters.into_iter().filter(|voter| Some(*voter) != leader);
+            if !mend::mend(&self.shared, peers, &self.server.book.load(), chunk, block).await {
+                break;
+            }
+            outcome = self.read_here(command).await;
+        }
+        outcome
+    }
+
+    async fn read_here(&self, command: ChunkCommand) -> Result<Outcome, StoreError> {
+        match self.read_once(&command, Patience::Inline) {
+            Err(StoreError::WouldBlock) => self.read_blocking(command).await,
+            outcome => outcome,
+        }
     }
 
     fn read_once(&self, command: &ChunkCommand, patience: Patience) -> Result<Outcome, StoreError> {

@@ -212,7 +212,9 @@ impl Heartbeat {
     async fn carry_out(&self, memory: &mut Memory, orders: Orders) {
         self.server.full.store(Arc::new(orders.full));
         if orders.addresses != memory.book {
-            self.copysets.host().set_addresses(resolve(&orders.addresses));
+            let book = resolve(&orders.addresses);
+            self.server.book.store(Arc::new(book.clone()));
+            self.copysets.host().set_addresses(book);
             if let Err(error) = save_book(&self.data_dir, &orders.addresses) {
                 tracing::warn!(%error, "could not keep the address book");
             }

@@ -4,7 +4,7 @@
 //! heartbeat. Must never know: guests, exports, volumes' names, openraft, how the metadata server decides.
 //!
 //! Modules in the order in which a request meets them: [`service`] (the wire listener) → [`copysets`] → [`copyset`]
-//! (early refusal, proposals, leased reads) → [`command`] (as logged) → [`state_machine`] → [`fence`] → [`store`]
+//! (early refusal, proposals, leased reads, [`mend`]) → [`command`] (as logged) → [`state_machine`] → [`fence`] → [`store`]
 //! (chunk files). Beside the route: [`heartbeat`], [`identity`], [`config`], [`metrics`].
 
 pub mod command;
@@ -14,6 +14,7 @@ pub mod copysets;
 pub mod fence;
 pub mod heartbeat;
 pub mod identity;
+pub mod mend;
 pub mod metrics;
 pub mod service;
 pub mod state_machine;
@@ -75,10 +76,12 @@ impl Chunkserver {
         let mut mds = MdsClient::new(config.mds.clone());
 
         let (id, host) = open_log(&config, &mut data, advertise, &mut mds, registry).await?;
-        host.set_addresses(heartbeat::load_book(&config.data_dir));
+        let book = heartbeat::load_book(&config.data_dir);
+        host.set_addresses(book.clone());
         let metrics = Arc::new(Metrics::register(registry));
         let disk = open_disk(&config, &metrics)?;
         let server = Arc::new(ServerState::new());
+        server.book.store(Arc::new(book));
         let dir = config.data_dir.join("copysets");
         let copysets = Copysets::new(host, disk, Arc::clone(&server), Arc::clone(&metrics), dir);
         copysets.start_found().await?;

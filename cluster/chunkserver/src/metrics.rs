@@ -48,6 +48,8 @@ pub struct Metrics {
     pub checkpoint_seconds: Histogram,
     /// Blocks found that do not match their checksum.
     pub checksum_errors: Counter,
+    /// Damaged blocks written again from a peer.
+    pub mended: Counter,
     /// Commands refused in apply by the fence.
     pub fenced: Counter,
     /// Replicas on this server.
@@ -76,6 +78,7 @@ impl Metrics {
             apply_seconds: latency_histogram(),
             checkpoint_seconds: latency_histogram(),
             checksum_errors: Counter::default(),
+            mended: Counter::default(),
             fenced: Counter::default(),
             copysets: Gauge::default(),
             leaders: Gauge::default(),
@@ -97,6 +100,7 @@ impl Metrics {
         registry.register("apply_seconds", "time to apply a batch of log entries", m.apply_seconds.clone());
         registry.register("checkpoint_seconds", "time of copyset checkpoints", m.checkpoint_seconds.clone());
         registry.register("checksum_errors", "damaged blocks found", m.checksum_errors.clone());
+        registry.register("blocks_mended", "damaged blocks written again from a peer", m.mended.clone());
         registry.register("fenced", "logged commands refused by the fence", m.fenced.clone());
         registry.register("copysets", "replicas on this server", m.copysets.clone());
         registry.register("leaders", "replicas on this server that lead", m.leaders.clone());

@@ -2,7 +2,8 @@
 //!
 //! Called by raft. Must not know: who proposes, the network, the metadata server.
 //! Invariants: `replicas_identical` (every decision depends on the log alone; what depends on the disk, such as a full
-//! one, makes apply wait, never answer differently), `log_before_chunk` (bytes reach a chunk file only here).
+//! one, makes apply wait, never answer differently), `log_before_chunk` (bytes reach a chunk file only here, and where a
+//! damaged block is mended to what was applied before).
 
 pub mod meta;
 pub mod relied;
@@ -101,7 +102,7 @@ impl Shared {
                 Err(StoreError::WouldBlock)
             }
             ChunkOp::Discard => self.store.discard(chunk, range, merge, patience),
-            ChunkOp::Read | ChunkOp::Status => Ok(()),
+            ChunkOp::Read | ChunkOp::Status | ChunkOp::Peek => Ok(()),
         }
     }
 }

@@ -305,7 +305,7 @@ fn answer_of(span: &Span, data: Bytes) -> Result<SpanAnswer, Fault> {
     };
     match span.op {
         ChunkOp::Write | ChunkOp::WriteZeroes | ChunkOp::Discard => Ok(SpanAnswer::Written),
-        ChunkOp::Read => {
+        ChunkOp::Read | ChunkOp::Peek => {
             fits(data.len() == span.range.length() as usize, "wrong number of bytes")?;
             Ok(SpanAnswer::Data(data))
         }

@@ -47,7 +47,7 @@ impl Chunks for Memory {
         let range = part.range.offset() as usize..part.range.end() as usize;
         let chunk = chunks.entry(part.chunk).or_insert_with(|| vec![0; CHUNK_BYTES as usize]);
         Ok(match op {
-            ChunkOp::Read => PartAnswer::Data(Bytes::copy_from_slice(&chunk[range])),
+            ChunkOp::Read | ChunkOp::Peek => PartAnswer::Data(Bytes::copy_from_slice(&chunk[range])),
             ChunkOp::Write => {
                 chunk[range].copy_from_slice(&payload);
                 PartAnswer::Written

@@ -31,6 +31,8 @@ pub enum ChunkOp {
     Discard,
     /// Tell which parts are allocated.
     Status,
+    /// Read the bytes that this replica has, leader or not, however old: for a peer that knows their checksum.
+    Peek,
 }
 
 impl ChunkOp {
@@ -47,6 +49,7 @@ impl ChunkOp {
             Self::WriteZeroes => "write_zeroes",
             Self::Discard => "discard",
             Self::Status => "status",
+            Self::Peek => "peek",
         }
     }
 }

@@ -61,6 +61,7 @@ const fn op_number(op: ChunkOp) -> u8 {
         ChunkOp::WriteZeroes => 3,
         ChunkOp::Discard => 4,
         ChunkOp::Status => 5,
+        ChunkOp::Peek => 6,
     }
 }
 
@@ -71,6 +72,7 @@ const fn op_of(number: u8) -> Option<ChunkOp> {
         3 => ChunkOp::WriteZeroes,
         4 => ChunkOp::Discard,
         5 => ChunkOp::Status,
+        6 => ChunkOp::Peek,
         _ => return None,
     })
 }

@@ -395,6 +395,26 @@ impl Chunk {
         Ok(())
     }
 
+    /// Writes a damaged block again, durably, if `bytes` are what its checksum says. Returns whether they are. Blocks.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn mend(&self, block: u32, bytes: &[u8]) -> Result<bool, StoreError> {
+        let state = self.exclusive();
+        let fits = !state.removed
+            && bytes.len() == BLOCK
+            && state.header.bitmap.get(block)
+            && checksum::of_block(self.id, block, bytes) == state.table[block as usize];
+        if fits {
+            self.file.write_all_at(bytes, DATA_AT + u64::from(block) * BLOCK as u64)?;
+        }
+        drop(state);
+        if fits {
+            self.sync()?;
+        }
+        Ok(fits)
+    }
+
     /// A block with `part` laid over it at `skip`, and whether its other bytes are sound.
     fn merged(
         &self,

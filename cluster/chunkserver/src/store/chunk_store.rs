@@ -113,6 +113,14 @@ impl ChunkStore {
         read
     }
 
+    /// Writes a damaged block again if `bytes` are what its checksum says; returns whether they are. Blocks.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn mend(&self, id: ChunkId, block: u32, bytes: &[u8]) -> Result<bool, StoreError> {
+        self.get(id, Patience::Blocking)?.map_or(Ok(false), |chunk| chunk.mend(block, bytes))
+    }
+
     /// The allocation of a range.
     ///
     /// # Errors

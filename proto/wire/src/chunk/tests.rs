@@ -65,7 +65,7 @@ fn what_can_not_be_is_refused() {
 }
 
 fn ops() -> impl Strategy<Value = ChunkOp> {
-    (1u8..=5).prop_map(|number| op_of(number).expect("known"))
+    (1u8..=6).prop_map(|number| op_of(number).expect("known"))
 }
 
 proptest! {

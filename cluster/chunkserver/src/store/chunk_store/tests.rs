@@ -150,6 +150,28 @@ fn damage_is_seen_and_never_spread() {
 }
 
 #[test]
+fn a_damaged_block_is_mended_by_the_right_bytes_only() {
+    let bench = Bench::new();
+    let store = bench.store(&[]);
+    apply(&store, &Op::Write(0, 16_384, 7), Merge::Verified);
+    let file = OpenOptions::new().write(true).open(bench.chunks().join(file_name(id()))).expect("opens");
+    file.write_all_at(&[8], DATA_AT + 4096 + 77).expect("damages");
+    let read = || store.read(id(), range(0, 16_384), Patience::Blocking);
+    assert!(matches!(read(), Err(StoreError::Corrupt { block: 1, .. })));
+    for wrong in [vec![8; 4096], vec![7; 4095], vec![0; 4096], Vec::new()] {
+        assert!(!store.mend(id(), 1, &wrong).expect("compares"));
+    }
+    assert!(!store.mend(id(), 9, &[0; 4096]).expect("was never written"));
+    assert!(store.mend(id(), 1, &[7; 4096]).expect("writes"));
+    assert_eq!(read().expect("is sound"), vec![7; 16_384]);
+
+    // Of a block that was written in part while it was damaged nobody knows the checksum.
+    file.write_all_at(&[8], DATA_AT + 4096 + 77).expect("damages");
+    apply(&store, &Op::Write(4096, 512, 9), Merge::Verified);
+    assert!(!store.mend(id(), 1, &[7; 4096]).expect("compares"));
+}
+
+#[test]
 fn a_torn_header_loses_nothing_and_a_lost_one_is_seen() {
     let bench = Bench::new();
     let mut recorded = Vec::new();
