@@ -107,7 +107,15 @@ impl NetStreamAppend<TypeConfig> for Client {
         S: Stream<Item = AppendRequest> + OptionalSend + Unpin + 'static,
     {
         Box::pin(async move {
-            let link = self.peer.link().await.map_err(unreachable)?;
+            let link = match self.peer.link().await {
+                Ok(link) => link,
+                Err(reason) => {
+                    // openraft pauses where its requests are pulled, and none is pulled here: without a pause it would
+                    // ask again at once, for as long as the peer is away.
+                    tokio::time::sleep(BACKOFF).await;
+                    return Err(unreachable(reason));
+                }
+            };
             let metrics = self.peers.metrics.clone();
             let answers: BoxStream<'s, _> = Box::pin(stream::run(self.group, link, metrics, input));
             Ok(answers)
@@ -154,5 +162,28 @@ impl NetSnapshot<TypeConfig> for Client {
             sent = send => Ok(SnapshotResponse::new(sent?)),
             closed = cancel => Err(closed.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+    use prometheus_client::registry::Registry;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_is_away_is_not_asked_again_at_once() {
+        let peers = Arc::new(Peers::new(Arc::new(Metrics::register(&mut Registry::default()))));
+        let throttle = Arc::new(snapshot::Throttle::new(0));
+        let mut factory = Factory { group: GroupId(1), peers, throttle };
+        let mut client = factory.new_client(2, &EmptyNode::new()).await;
+        let begun = Instant::now();
+        for _ in 0..10 {
+            let nothing = futures_util::stream::pending::<AppendRequest>();
+            let outcome = client.stream_append(nothing, RPCOption::new(BACKOFF)).await;
+            assert!(matches!(outcome.err(), Some(RpcError::Unreachable(_))));
+        }
+        assert!(begun.elapsed() >= 10 * BACKOFF, "{:?}", begun.elapsed());
     }
 }
