@@ -67,10 +67,27 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut registry = Registry::default();
     let metrics_listen = config.metrics_listen()?;
-    let chunkserver = runtime.block_on(Chunkserver::start(config, &mut registry))?;
+    let (tell, mut stopped) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        stop.wait();
+        // Nobody listens any more if the start has failed.
+        let _ = tell.send(());
+    })?;
+    // A new directory may wait for a metadata server for long.
+    let started = runtime.block_on(async {
+        tokio::select! {
+            started = Chunkserver::start(config, &mut registry) => started.map(Some),
+            _ = &mut stopped => Ok(None),
+        }
+    })?;
+    let Some(chunkserver) = started else {
+        tracing::info!("stopped before it served");
+        return Ok(());
+    };
     let _metrics = metrics_listen.map(|listen| metrics::serve(listen, registry)).transpose()?;
     let _announced = flags.common.announce(&format!("chunks on {}", chunkserver.wire_address()))?;
-    stop.wait();
+    // Ends with an error only if the thread that waits for signals has died.
+    let _ = runtime.block_on(stopped);
     tracing::info!("stopping");
     runtime.block_on(chunkserver.shutdown());
     Ok(())

@@ -154,7 +154,7 @@ async fn old_entries_that_are_applied_while_a_copy_arrives_do_not_spoil_it() {
     let mut to = Replica::open(dirs[1].path(), &pools[1]);
     for (index, volume) in [(1, 1), (2, 1), (3, 2)] {
         let command = write(chunk(volume, index as u32), 2, index, 1, 5);
-        assert_eq!(from.apply(index, command.clone(), b"hello").await, Ok(()));
+        assert_eq!(from.apply(index, command, b"hello").await, Ok(()));
         assert_eq!(to.apply(index, command, b"hello").await, Ok(()));
     }
     assert_eq!(from.apply(6, write(chunk(1, 0), 2, 6, 1, 5), b"extra").await, Ok(()));
