@@ -2,7 +2,7 @@
 
 use spline_fault::history::History;
 use spline_fault::workload::{BLOCKS, RECOVERY_LIMIT, Workload};
-use spline_harness::{Cluster, wait_until};
+use spline_harness::{Cluster, Process, binaries, tempdir, wait_until};
 use std::time::{Duration, Instant};
 
 /// How long nothing may be answered while the majority is stopped. Longer than an election and a client's attempt, so
@@ -50,4 +50,20 @@ fn a_stopped_leader_is_replaced_and_comes_back() {
     cluster.chunkservers[leader].cont().expect("goes on");
     workload.wait_for_progress(300).expect("progress after");
     workload.finish().expect("nothing is lost, nothing stale is read");
+}
+
+#[test]
+fn a_chunkserver_that_waits_for_a_metadata_server_can_be_stopped() {
+    let dir = tempdir().expect("temporary directory");
+    let binary = binaries::find("spline-chunkserver").expect("binary");
+    let arguments = ["--listen", "127.0.0.1:0", "--mds", "127.0.0.1:1", "--data-dir"].map(Into::into);
+    let mut arguments = Vec::from(arguments);
+    arguments.push(dir.path().join("data").into());
+    let mut process = Process::new("chunkserver", binary, arguments, dir.path());
+    process.start().expect("starts");
+    wait_until("it to wait", RECOVERY_LIMIT, || {
+        Ok(process.log()?.contains("waits for a metadata server").then_some(()))
+    })
+    .expect("says so");
+    assert!(process.terminate(RECOVERY_LIMIT).expect("ends").success());
 }

@@ -25,5 +25,6 @@ pub use cluster::{Cluster, Shape};
 pub use export::Export;
 pub use process::Process;
 pub use rig::Rig;
+pub use tempfile::tempdir;
 pub use tool::Tool;
 pub use wait::wait_until;
