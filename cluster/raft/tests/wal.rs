@@ -4,6 +4,8 @@
 mod damage;
 #[path = "wal/faults.rs"]
 mod faults;
+#[path = "wal/impossible.rs"]
+mod impossible;
 #[path = "wal/model.rs"]
 mod model;
 #[path = "wal/sim.rs"]

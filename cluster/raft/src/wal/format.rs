@@ -28,6 +28,10 @@ pub const RECORD_HEADER: usize = 32;
 const SEGMENT_MAGIC: [u8; 8] = *b"SPLNWAL\n";
 const BATCH_MAGIC: [u8; 4] = *b"SPWB";
 
+/// No index, generation or sequence number comes near this; a larger one is damage under a checksum that happens to be right.
+/// So sums of what was decoded never overflow.
+pub const NUMBER_MAX: u64 = 1 << 62;
+
 /// Versions of the segment format, newest first. The first 64 bytes of the header keep their layout in every version.
 pub const VERSIONS: [u32; 1] = [
     1, // segment header 64 of 4096 bytes, batch header 48 bytes, record header 32 bytes, crc32c
@@ -97,6 +101,7 @@ impl SegmentHeader {
         }
         match u32_at(bytes, 8) {
             version if !VERSIONS.contains(&version) => Err(HeaderError::Version(version)),
+            _ if u64_at(bytes, 24) > NUMBER_MAX => Err(HeaderError::Bad),
             _ => Ok(SegmentHeader {
                 log: u64_at(bytes, 16),
                 generation: u64_at(bytes, 24),
@@ -138,6 +143,10 @@ impl BatchHeader {
             sequence: u64_at(bytes, 32),
             oldest: u64_at(bytes, 40),
         };
+        let numbers = [header.generation, header.sequence, header.oldest];
+        if numbers.iter().any(|number| *number > NUMBER_MAX) {
+            return None;
+        }
         let length = header.length as usize;
         let whole = length >= SECTOR && length.is_multiple_of(SECTOR) && length <= bytes.len();
         (whole && u32_at(bytes, 4) == crc32c(&bytes[8..length])).then_some(header)
@@ -245,13 +254,14 @@ impl<'a> RawRecord<'a> {
         }
         let lengths = [u32_at(bytes, 12), u32_at(bytes, 24), u32_at(bytes, 28)].map(|length| length as usize);
         let length = RECORD_HEADER + lengths.iter().sum::<usize>();
-        if length > bytes.len() || u32_at(bytes, 0) != crc32c(&bytes[4..length]) {
+        let index = u64_at(bytes, 16);
+        if length > bytes.len() || index > NUMBER_MAX || u32_at(bytes, 0) != crc32c(&bytes[4..length]) {
             return None;
         }
         Some(RawRecord {
             group: GroupId(u32_at(bytes, 8)),
             kind: bytes[4],
-            index: u64_at(bytes, 16),
+            index,
             lengths,
             bytes: &bytes[..length],
         })

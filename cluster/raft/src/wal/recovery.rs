@@ -156,7 +156,9 @@ fn scan(segment: Arc<Segment>, header: &SegmentHeader, bytes: &[u8]) -> Run {
         }
         let start = run.end as usize;
         let body = &bytes[start..start + batch.length as usize];
-        if !read_records(&batch, body, run.end, &mut run.seen) {
+        // The oldest segment needed never goes back, and no batch makes its own segment superfluous.
+        let sound = (run.oldest..=generation).contains(&batch.oldest);
+        if !sound || !read_records(&batch, body, run.end, &mut run.seen) {
             run.damaged = true;
             break;
         }
@@ -198,8 +200,12 @@ fn holds_batch(bytes: &[u8], log: Option<u64>, oldest: u64) -> bool {
     holds_batch_of(bytes, |batch| log.is_none_or(|log| log == batch.log) && batch.generation >= oldest)
 }
 
-/// The chain must start with the oldest segment needed and miss no batch.
+/// The chain must start with the oldest segment needed and miss no batch; a generation is of one segment only.
 fn check_chain(chain: &[Run], oldest: u64) -> Result<(), WalError> {
+    let twice = |pair: &&[Run]| pair[0].segment.generation == pair[1].segment.generation;
+    if let Some(pair) = chain.windows(2).find(twice) {
+        return corrupt(&pair[1].segment, 0);
+    }
     let mut before: Option<&Run> = None;
     for run in chain {
         if run.damaged {
