@@ -7,7 +7,8 @@ use spline_link::{extents, frame, hello, welcome};
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(Some((hello, used))) = hello::Hello::decode(bytes) {
         assert!(used <= bytes.len());
-        let again = hello::Hello::decode(&hello.encode()).expect("own bytes decode").expect("own bytes are whole");
+        let again =
+            hello::Hello::decode(&hello.encode()).expect("own bytes decode").expect("own bytes are whole");
         assert_eq!(again.0, hello);
     }
     if let Ok(Some((_, used))) = welcome::Welcome::decode(bytes) {

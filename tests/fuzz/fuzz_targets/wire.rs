@@ -12,13 +12,19 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = frame::Head::verify(head, &bytes[frame::HEADER_BYTES..]);
     }
     if let Ok(command) = chunk::decode_request(bytes) {
-        assert_eq!(chunk::decode_request(&chunk::encode_request(&command)).expect("own bytes decode"), command);
+        assert_eq!(
+            chunk::decode_request(&chunk::encode_request(&command)).expect("own bytes decode"),
+            command
+        );
     }
     if let Ok(reply) = chunk::Reply::decode(bytes) {
         let again = chunk::Reply::decode(&reply.encode()).expect("own bytes decode");
         assert_eq!(format!("{again:?}"), format!("{reply:?}"));
     }
     if let Ok(extents) = chunk::decode_extents(bytes) {
-        assert_eq!(chunk::decode_extents(&chunk::encode_extents(&extents)).expect("own bytes decode"), extents);
+        assert_eq!(
+            chunk::decode_extents(&chunk::encode_extents(&extents)).expect("own bytes decode"),
+            extents
+        );
     }
 });
