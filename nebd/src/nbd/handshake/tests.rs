@@ -144,15 +144,15 @@ fn contexts_need_structured_replies_and_the_same_export() {
 
 #[test]
 fn the_last_selection_of_contexts_counts() {
-    for (last, name) in
-        [(contexts("disk0", &[]), &b"disk0"[..]), (contexts("", &["base:allocation"]), b"disk0")]
-    {
+    // Another export's, an empty one, and those that fail: they replace the one before, too.
+    let (elsewhere, empty) = (contexts("", &["base:allocation"]), contexts("disk0", &[]));
+    for last in [elsewhere, empty, b"malformed".to_vec(), vec![0; OPTION_DATA_MAX + 1]] {
         let (mut machine, mut out) = started(3);
         feed(&mut machine, &mut out, &option(OPT_STRUCTURED_REPLY, b""));
         let first = contexts("disk0", &["base:allocation"]);
         feed(&mut machine, &mut out, &option(OPT_SET_META_CONTEXT, &first));
         feed(&mut machine, &mut out, &option(OPT_SET_META_CONTEXT, &last));
-        let (step, _) = feed(&mut machine, &mut out, &option(OPT_GO, &info(name, &[])));
+        let (step, _) = feed(&mut machine, &mut out, &option(OPT_GO, &info(b"disk0", &[])));
         assert_eq!(step, Step::Enter(Agreed { structured: true, allocation: false, block_size: false }));
     }
 }
