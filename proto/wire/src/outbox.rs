@@ -263,6 +263,8 @@ impl Shared {
                 self.room.notify_waiters();
             }
             work.await;
+            // Whatever else is ready to run may queue something too: it then shares the system call.
+            tokio::task::yield_now().await;
         }
     }
 }
