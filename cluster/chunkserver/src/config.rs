@@ -63,7 +63,7 @@ impl Default for Config {
             metrics_listen: String::new(),
             spare_chunks: 8,
             open_chunks: 2048,
-            raft_heartbeat_ms: 300,
+            raft_heartbeat_ms: 400,
             election_min_ms: 600,
             election_max_ms: 1000,
             checkpoint_log: "64M".into(),

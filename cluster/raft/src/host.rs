@@ -61,7 +61,7 @@ impl RaftConfig {
         RaftConfig {
             dir,
             node,
-            heartbeat: Duration::from_millis(300),
+            heartbeat: Duration::from_millis(400),
             election_min: Duration::from_millis(600),
             election_max: Duration::from_millis(1000),
             checkpoint_log_bytes: 64 << 20,

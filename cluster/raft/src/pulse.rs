@@ -19,7 +19,7 @@ use crate::host::HostState;
 use crate::member::Member;
 
 /// How often the clock looks at every group.
-const BEAT: Duration = Duration::from_millis(25);
+const BEAT: Duration = Duration::from_millis(50);
 /// Head start of each voter over the next one in the group's order of preference.
 const RANK_STEP: Duration = Duration::from_millis(60);
 /// Slack after a lease, so that the peers' leases, which began a moment apart, have run out too.
