@@ -254,3 +254,20 @@ async fn a_reply_of_the_wrong_length_is_not_taken_for_data() {
     assert_eq!(session.execute(span(ChunkOp::Read), Vec::new()).await, Err(Fault::Internal));
     assert_eq!(session.execute(span(ChunkOp::Status), Vec::new()).await, Err(Fault::Internal));
 }
+
+/// no_late_duplicate: a fault after which the write may still land is told only when the next write would kill it.
+#[tokio::test(start_paused = true)]
+async fn a_fault_of_unknown_effect_is_answered_only_when_the_floor_has_passed_it() {
+    let session =
+        session(OnUnavailable::Wait, [Does::Says(Fault::Internal, None), Does::Serves, Does::Serves]);
+    let older = session.attempts.begin(SET);
+    let writing = tokio::spawn({
+        let session = session.clone();
+        async move { write(&session).await }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(session.seen().len(), 1);
+    assert!(!writing.is_finished());
+    drop(older);
+    assert_eq!(writing.await.expect("no panic"), Err(Fault::Internal));
+}
