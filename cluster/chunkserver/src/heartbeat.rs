@@ -11,11 +11,12 @@ use crate::copysets::Copysets;
 use crate::metrics::Metrics;
 use crate::state_machine::meta::replace_file;
 use bytes::Bytes;
-use spline_raft::{Group, NodeId, RaftError, Role};
+use spline_raft::{Group, GroupStatus, NodeId, RaftError, Role};
 use spline_types::{ChunkserverId, CopysetId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -178,6 +179,7 @@ impl Heartbeat {
                 },
             }
             self.relieve(&memory);
+            self.step_aside(&memory);
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(interval) => {}
@@ -329,6 +331,24 @@ impl Heartbeat {
             }
             busy.lock().expect("no panic under the lock").remove(&id);
         });
+    }
+
+    /// A leader whose log waits for space would keep its clients waiting with it: one that has room is asked to lead.
+    fn step_aside(&self, memory: &Memory) {
+        let full = self.server.full.load();
+        for (id, copyset) in self.copysets.all() {
+            if !copyset.shared().starved.load(Ordering::Acquire) {
+                continue;
+            }
+            let GroupStatus { role, voters, .. } = copyset.group().status();
+            let has_room = |id: ChunkserverId| id != self.id && !full.contains(&id);
+            let next = voters.into_iter().find(|voter| chunkserver_of(*voter).is_some_and(has_room));
+            if let (Role::Leader, Some(next)) = (role, next) {
+                self.change(memory, id, "step aside, the disk is full", move |group: Group| async move {
+                    group.transfer_leadership(next).await
+                });
+            }
+        }
     }
 
     /// Too many chunks are open because they are dirty: the copyset with most of them is checkpointed.

@@ -24,7 +24,7 @@ use spline_raft::{
 use spline_types::{ChunkCommand, ChunkOp, CopysetId, Fault, Invalid, VolumeId};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -46,6 +46,8 @@ pub struct Shared {
     pub fence: RwLock<FenceTable>,
     /// Up to this index the log is being applied again after a start; `u64::MAX` until it is known.
     pub replay_until: AtomicU64,
+    /// An entry waits for space on a full disk: the replica should not lead.
+    pub starved: AtomicBool,
     /// Cancelled when the copyset stops.
     pub stop: CancellationToken,
     /// Counters of the process.
@@ -67,7 +69,8 @@ impl Shared {
         let fence = RwLock::new(durable.fence.clone());
         let (replay_until, stop) = (AtomicU64::new(u64::MAX), CancellationToken::new());
         let (durable, relied) = (Mutex::new(durable), Mutex::default());
-        Self { copyset, dir, store, fence, replay_until, stop, metrics, durable, relied }
+        let starved = AtomicBool::new(false);
+        Self { copyset, dir, store, fence, replay_until, starved, stop, metrics, durable, relied }
     }
 
     /// The chunks that a snapshot under way relies on.
@@ -197,7 +200,10 @@ impl CopysetMachine {
                     let copyset = self.shared.copyset;
                     tracing::error!(%copyset, %position, "disk is full, replica waits for space");
                 }
-                wait_for_space(&self.shared).await?;
+                self.shared.starved.store(true, Ordering::Release);
+                let waited = wait_for_space(&self.shared).await;
+                self.shared.starved.store(false, Ordering::Release);
+                waited?;
             }
             Err(StoreError::Io(error)) => return Err(error),
             Err(error @ StoreError::Corrupt { .. }) => return Err(io::Error::other(error)),

@@ -7,7 +7,7 @@ use spline_fault::history::History;
 use spline_fault::workload::RECOVERY_LIMIT;
 use spline_harness::nbd::{Connection, Kind, errno};
 use spline_harness::small_disk::SmallDisk;
-use spline_harness::{Cluster, Shape, wait_until};
+use spline_harness::{Cluster, Export, Shape, wait_until};
 
 /// Room for the log's segments (three of 32 MiB), the reserve (64 MiB) and some twenty chunks.
 const DISK_BYTES: u64 = 512 << 20;
@@ -15,7 +15,11 @@ const DISK_BYTES: u64 = 512 << 20;
 const CHUNKS: usize = 64;
 const CHUNK_BYTES: u64 = 16 << 20;
 /// Chunks that are written before the disk is full.
-const FIRST: usize = 4;
+const FIRST: usize = 6;
+/// Chunks of a volume that is deleted: more than the reserve, which has to be made up first.
+const OTHER: u64 = 9;
+/// Rounds of one MiB in each of them, several times what the log's segments hold.
+const LOG_ROUNDS: usize = 60;
 /// Position of the chunkserver on the small disk.
 const SMALL: usize = 0;
 
@@ -49,81 +53,155 @@ impl Checker {
         Ok(())
     }
 
-    /// Fills a part of a chunk that has its file, so that the log grows past a checkpoint.
-    fn overwrite(&mut self, chunk: usize) -> anyhow::Result<()> {
+    /// Fills a MiB of a chunk that has its file, so that the log grows; true if that was acknowledged, false if there was
+    /// no room in the log.
+    fn overwrite(&mut self, chunk: usize) -> anyhow::Result<bool> {
         let data = vec![chunk as u8 + 1; 1 << 20];
         let offset = chunk as u64 * CHUNK_BYTES + (1 << 20);
-        self.client.succeed(Kind::Write, offset, data.len() as u32, &data)?;
-        let found = self.client.succeed(Kind::Read, offset, data.len() as u32, &[])?;
-        ensure!(found == data, "reads something else: chunk={chunk}");
-        Ok(())
+        let (error, _) = self.client.call(Kind::Write, offset, data.len() as u32, &data)?;
+        ensure!(error == 0 || error == errno::ENOSPC, "chunk={chunk} errno={error}");
+        if error == 0 {
+            let found = self.client.succeed(Kind::Read, offset, data.len() as u32, &[])?;
+            ensure!(found == data, "reads something else: chunk={chunk}");
+        }
+        Ok(error == 0)
     }
 }
 
-fn wait_until_prepared(cluster: &Cluster) -> anyhow::Result<()> {
-    wait_until("log and pool to be prepared", RECOVERY_LIMIT, || {
-        let segments = cluster.metric(SMALL, "spline_wal_segments_ready")?;
-        let files = cluster.metric(SMALL, "spline_chunkserver_pool_files")?;
-        ensure!(segments >= 2.0 && files >= 2.0, "segments={segments} files={files}");
-        Ok(Some(()))
-    })
+/// A cluster whose first chunkserver lies on a disk that can be filled.
+struct Lab {
+    // Dropped in this order: the processes first.
+    checker: Checker,
+    _export: Export,
+    cluster: Cluster,
+    disk: SmallDisk,
 }
 
-fn is_full(cluster: &Cluster) -> anyhow::Result<bool> {
-    Ok(cluster.status()?.server(SMALL).is_some_and(|server| server.full))
+impl Lab {
+    /// With a block in each of the first chunks, and log and pool prepared.
+    fn new() -> anyhow::Result<Self> {
+        let disk = SmallDisk::mount(DISK_BYTES)?;
+        let first_data_dir = Some(disk.path().join("data"));
+        let cluster = Cluster::start_as(&Shape { first_data_dir, checkpoint_log: "1M", ..Shape::default() })?;
+        cluster.create_volume("disk", "1G")?;
+        let export = cluster.export("disk", false)?;
+        let client = Connection::open(&export.socket, "disk", RECOVERY_LIMIT)?;
+        let mut checker = Checker { client, history: History::new(CHUNKS) };
+        for chunk in 0..FIRST {
+            ensure!(checker.write(chunk)?, "there is room");
+        }
+        Ok(Self { checker, _export: export, cluster, disk })
+    }
+
+    /// Fills the disk; afterwards every chunkserver knows that this one can not take another chunk.
+    fn fill(&mut self) -> anyhow::Result<()> {
+        wait_until("log and pool to be prepared", RECOVERY_LIMIT, || {
+            let segments = self.cluster.metric(SMALL, "spline_wal_segments_ready")?;
+            let files = self.cluster.metric(SMALL, "spline_chunkserver_pool_files")?;
+            ensure!(segments >= 2.0 && files >= 2.0, "segments={segments} files={files}");
+            Ok(Some(()))
+        })?;
+        self.disk.fill()?;
+        // Takes a spare file that can not be replaced.
+        ensure!(self.checker.write(FIRST)?, "there are spare files");
+        self.wait_until_full(true)?;
+        self.cluster.wait_until_told()
+    }
+
+    fn wait_until_full(&self, full: bool) -> anyhow::Result<()> {
+        wait_until("cluster status to say so", RECOVERY_LIMIT, || {
+            let said = self.cluster.status()?.server(SMALL).is_some_and(|server| server.full);
+            Ok((said == full).then_some(()))
+        })
+    }
+
+    /// The replicas on the disk are alive: with another server away, nothing is acknowledged without them.
+    fn check_majority_and_cold_start(&mut self) -> anyhow::Result<()> {
+        self.checker.verify()?;
+        self.cluster.chunkservers[2].kill9()?;
+        for chunk in 0..FIRST {
+            ensure!(self.checker.write(chunk)?, "a majority has room");
+        }
+        self.checker.verify()?;
+        self.cluster.restart_all()?;
+        self.checker.verify()
+    }
 }
 
 #[test]
-fn writes_are_refused_and_go_on_when_there_is_room() {
-    let disk = SmallDisk::mount(DISK_BYTES).expect("a small file system");
-    let shape =
-        Shape { first_data_dir: Some(disk.path().join("data")), checkpoint_log: "1M", ..Shape::default() };
-    let mut cluster = Cluster::start_as(&shape).expect("cluster");
-    cluster.create_volume("disk", "1G").expect("volume");
-    let export = cluster.export("disk", false).expect("export");
-    let client = Connection::open(&export.socket, "disk", RECOVERY_LIMIT).expect("connects");
-    let mut checker = Checker { client, history: History::new(CHUNKS) };
-    (0..FIRST).for_each(|chunk| assert!(checker.write(chunk).expect("writes"), "there is room"));
-    wait_until_prepared(&cluster).expect("is prepared");
-    let process = cluster.chunkservers[SMALL].id();
-
-    disk.fill().expect("fills the disk");
-    // Takes a spare file that can not be replaced.
-    assert!(checker.write(FIRST).expect("writes"), "there are spare files");
-    wait_until("the server to be full", RECOVERY_LIMIT, || Ok(is_full(&cluster)?.then_some(())))
-        .expect("cluster status says so");
-    cluster.wait_until_told().expect("is told");
+fn new_chunks_are_refused_until_there_is_room() {
+    let mut lab = Lab::new().expect("lab");
+    let process = lab.cluster.chunkservers[SMALL].id();
+    lab.fill().expect("fills");
     let refused: Vec<usize> =
-        (FIRST + 1..FIRST + 6).filter(|chunk| !checker.write(*chunk).expect("a clear answer")).collect();
+        (FIRST + 1..FIRST + 6).filter(|chunk| !lab.checker.write(*chunk).expect("a clear answer")).collect();
     assert!(!refused.is_empty(), "nothing was refused on a full disk");
-    let said = cluster.chunkservers[SMALL].log().expect("log");
+    let said = lab.cluster.chunkservers[SMALL].log().expect("log");
     assert!(said.contains("free or add disk space"), "{said}");
 
     // What has its place goes on; checkpoints wait, and no replica gives up.
-    for round in 0..3 {
-        (0..FIRST)
-            .for_each(|chunk| checker.overwrite(chunk).unwrap_or_else(|e| panic!("round={round} {e:#}")));
+    for chunk in (0..FIRST).chain(0..FIRST) {
+        assert!(lab.checker.overwrite(chunk).expect("a clear answer"), "there is room in the log");
     }
-    checker.verify().expect("nothing acknowledged is lost");
+    lab.checker.verify().expect("nothing acknowledged is lost");
     wait_until("a checkpoint to find the disk full", RECOVERY_LIMIT, || {
-        Ok(cluster.chunkservers[SMALL].log()?.contains("checkpoint waits for space").then_some(()))
+        Ok(lab.cluster.chunkservers[SMALL].log()?.contains("checkpoint waits for space").then_some(()))
     })
     .expect("a checkpoint waits");
 
-    disk.free().expect("frees the disk");
-    wait_until("writes to go on", RECOVERY_LIMIT, || Ok(checker.write(refused[0])?.then_some(())))
+    lab.disk.free().expect("frees the disk");
+    wait_until("writes to go on", RECOVERY_LIMIT, || Ok(lab.checker.write(refused[0])?.then_some(())))
         .expect("goes on by itself");
-    wait_until("the server to have room", RECOVERY_LIMIT, || Ok((!is_full(&cluster)?).then_some(())))
-        .expect("cluster status says so");
-    assert_eq!(cluster.chunkservers[SMALL].id(), process, "without a restart");
-    checker.verify().expect("nothing acknowledged is lost");
+    lab.wait_until_full(false).expect("cluster status says so");
+    assert_eq!(lab.cluster.chunkservers[SMALL].id(), process, "without a restart");
+    lab.check_majority_and_cold_start().expect("nothing acknowledged is lost");
+}
 
-    // The replicas on that disk are alive: with another server away, nothing is acknowledged without them.
-    cluster.chunkservers[2].kill9().expect("kills");
-    (0..FIRST).for_each(|chunk| assert!(checker.write(chunk).expect("writes"), "a majority is there"));
-    checker.verify().expect("nothing acknowledged is lost");
-    cluster.restart_all().expect("restarts");
-    checker.verify().expect("nor after a cold start");
-    drop(cluster);
-    drop(disk);
+#[test]
+fn a_log_that_can_not_grow_refuses_writes_until_there_is_room() {
+    let mut lab = Lab::new().expect("lab");
+    let process = lab.cluster.chunkservers[SMALL].id();
+    lab.fill().expect("fills");
+    // Checkpoints can not be made, so the log is never shortened: its last segment fills up.
+    let mut refused = 0;
+    for _ in 0..LOG_ROUNDS {
+        refused += (0..FIRST).filter(|chunk| !lab.checker.overwrite(*chunk).expect("a clear answer")).count();
+        if refused > 0 {
+            break;
+        }
+    }
+    assert!(refused > 0, "a log that can not grow took everything");
+    lab.checker.verify().expect("nothing acknowledged is lost");
+
+    lab.disk.free().expect("frees the disk");
+    wait_until("writes to go on", RECOVERY_LIMIT, || {
+        let refused = (0..FIRST).filter(|chunk| !lab.checker.overwrite(*chunk).expect("a clear answer"));
+        Ok((refused.count() == 0).then_some(()))
+    })
+    .expect("goes on by itself");
+    assert_eq!(lab.cluster.chunkservers[SMALL].id(), process, "without a restart");
+    lab.check_majority_and_cold_start().expect("nothing acknowledged is lost");
+}
+
+#[test]
+fn space_of_a_deleted_volume_comes_back_by_itself() {
+    let mut lab = Lab::new().expect("lab");
+    lab.cluster.create_volume("other", "1G").expect("volume");
+    let mut export = lab.cluster.export("other", false).expect("export");
+    let mut other = Connection::open(&export.socket, "other", RECOVERY_LIMIT).expect("connects");
+    for chunk in 0..OTHER {
+        other.succeed(Kind::Write, chunk * CHUNK_BYTES, 4096, &[7; 4096]).expect("writes");
+    }
+    other.close().expect("closes");
+    assert!(export.nebd.terminate(RECOVERY_LIMIT).expect("ends").success());
+    lab.fill().expect("fills");
+    wait_until("the volume to be given back", RECOVERY_LIMIT, || {
+        lab.cluster.spline(&["volume", "rm", "other", "--yes"]).map(Some)
+    })
+    .expect("deletes work on a full disk");
+    wait_until("its chunk files to be used again", RECOVERY_LIMIT, || {
+        Ok(lab.checker.write(FIRST + 1)?.then_some(()))
+    })
+    .expect("there is room");
+    lab.check_majority_and_cold_start().expect("nothing acknowledged is lost");
 }

@@ -49,7 +49,10 @@ pub fn transfers(view: &View, room: usize) -> Vec<Operator> {
         if copyset.replacing.is_some() || view.transfers.contains_key(&copyset.id) || count(&from) <= fair {
             continue;
         }
-        let settled = |id: &ChunkserverId| view.servers.get(id).is_some_and(|server| server.up_for >= SETTLE);
+        // A full one may wait for space with every entry that needs some.
+        let settled = |id: &ChunkserverId| {
+            view.servers.get(id).is_some_and(|server| server.up_for >= SETTLE && !server.full)
+        };
         let to = copyset
             .members
             .iter()

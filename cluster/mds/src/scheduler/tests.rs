@@ -128,3 +128,13 @@ fn a_chunkserver_that_just_came_back_is_not_handed_leadership() {
     }
     assert_eq!(plan(&view, LIMITS), []);
 }
+
+#[test]
+fn a_full_chunkserver_is_not_handed_leadership() {
+    let mut view = view(30);
+    view.copysets.iter_mut().for_each(|copyset| copyset.leader = Some(id(1)));
+    for raw in [2, 3] {
+        view.servers.insert(id(raw), ServerView { full: true, ..server("b", ServerState::Up, 0) });
+    }
+    assert_eq!(plan(&view, LIMITS), []);
+}
