@@ -192,8 +192,13 @@ pub struct NbdExport {
 #[derive(Subcommand, Debug)]
 pub enum Cluster {
     /// Show chunkservers and copysets
-    #[command(after_help = "Example:\n  spline cluster status --copysets")]
+    #[command(
+        after_help = "Examples:\n  spline cluster status --copysets\n  spline cluster status --wait 60"
+    )]
     Status {
+        /// Wait until every copyset is healthy, at most so many seconds; then fail, saying what is not
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u32>,
         /// List every copyset, not only those that are not healthy
         #[arg(long)]
         copysets: bool,

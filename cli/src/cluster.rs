@@ -5,20 +5,58 @@
 use crate::args;
 use crate::mds::{ClusterStatus, Copyset, MdsClient};
 use crate::output::{Output, ago, table};
+use anyhow::ensure;
 use spline_types::ByteSize;
+use std::time::{Duration, Instant};
+
+/// How often a cluster that is waited for is asked.
+const ASK_EVERY: Duration = Duration::from_millis(200);
 
 /// Carries out one command on the cluster.
 ///
 /// # Errors
 /// What the metadata server says, or that it does not answer.
 pub async fn run(command: args::Cluster, mds: &[String], output: Output) -> anyhow::Result<()> {
-    let args::Cluster::Status { copysets } = command;
-    let status = MdsClient::connect(mds).await?.status().await?;
+    let args::Cluster::Status { wait, copysets } = command;
+    let status = match wait {
+        None => MdsClient::connect(mds).await?.status().await?,
+        Some(seconds) => healthy(mds, Duration::from_secs(seconds.into())).await?,
+    };
     output.print(&status, |status| human(status, copysets))
 }
 
+/// Asks until every copyset is healthy.
+async fn healthy(mds: &[String], limit: Duration) -> anyhow::Result<ClusterStatus> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let asked = async { MdsClient::connect(mds).await?.status().await };
+        let missing = match asked.await {
+            Ok(status) => match missing(&status) {
+                None => return Ok(status),
+                Some(missing) => missing,
+            },
+            Err(error) => format!("{error:#}"),
+        };
+        ensure!(Instant::now() < deadline, "cluster is not healthy: waited={}s {missing}", limit.as_secs());
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+}
+
+/// What a cluster lacks to be healthy.
+fn missing(status: &ClusterStatus) -> Option<String> {
+    let up = status.chunkservers.iter().filter(|server| server.state == "up").count();
+    let (total, healthy) = (status.copysets.len(), count_healthy(status));
+    // Copysets are made when enough chunkservers have come.
+    let lacks = total == 0 || healthy < total;
+    lacks.then(|| format!("chunkservers_up={up} copysets={total} healthy={healthy}"))
+}
+
+fn count_healthy(status: &ClusterStatus) -> usize {
+    status.copysets.iter().filter(|copyset| copyset.state == "healthy").count()
+}
+
 fn human(status: &ClusterStatus, all_copysets: bool) -> String {
-    let healthy = status.copysets.iter().filter(|copyset| copyset.state == "healthy").count();
+    let healthy = count_healthy(status);
     let mut text = format!(
         "cluster {}: {} volumes, {healthy} of {} copysets healthy, version {}\n\n",
         status.cluster_id,
@@ -88,6 +126,16 @@ mod tests {
             chunkservers: Vec::new(),
             copysets: vec![copyset(1, "healthy"), copyset(2, "degraded")],
         }
+    }
+
+    #[test]
+    fn what_is_missing_is_told() {
+        let mut status = status();
+        assert_eq!(missing(&status).as_deref(), Some("chunkservers_up=0 copysets=2 healthy=1"));
+        status.copysets.pop();
+        assert_eq!(missing(&status), None);
+        status.copysets.clear();
+        assert!(missing(&status).is_some(), "a cluster without copysets can hold nothing");
     }
 
     #[test]
