@@ -17,8 +17,9 @@ use std::time::Duration;
 
 /// How often a full disk is looked at again.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long a taker waits for the thread to make a file: many times what fallocate needs.
-const TAKE_WAIT: Duration = Duration::from_secs(2);
+/// How long a taker waits for the thread to make a file, or to find that there is no room. Far above what a busy disk
+/// needs: a taker that gives up takes the disk for full.
+const TAKE_WAIT: Duration = Duration::from_secs(30);
 /// Bytes of the filesystem that are never given to chunks: the log, checkpoints and logs of others need some.
 const HEADROOM: u64 = 64 << 20;
 
