@@ -11,6 +11,9 @@ use std::time::Duration;
 /// Lines of a log that are shown when a test fails.
 const LOG_TAIL_LINES: usize = 40;
 
+/// Time for a signal to reach every thread of a process, on a machine that is busy.
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+
 /// A process that can be started again and again with the same arguments. Dropping it kills it.
 #[derive(Debug)]
 pub struct Process {
@@ -102,12 +105,25 @@ impl Process {
         self.start()
     }
 
-    /// Stops it in its tracks (SIGSTOP).
+    /// Stops it in its tracks (SIGSTOP); on return none of its threads runs any more.
     ///
     /// # Errors
     /// If it does not run.
     pub fn stop(&self) -> anyhow::Result<()> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        let id = self.id().context("does not run")?;
+        // The signal is only on its way when the call returns.
+        crate::wait_until("every thread to stop", STOP_LIMIT, || {
+            for thread in std::fs::read_dir(format!("/proc/{id}/task"))? {
+                let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+                // "id (name) state …", and a name may hold anything.
+                let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+                if state != Some('T') {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })
     }
 
     /// Lets it go on (SIGCONT).
