@@ -10,16 +10,14 @@ use std::net::SocketAddr;
 use std::sync::{PoisonError, RwLock};
 use tokio::time::Instant;
 
-/// Connections to each chunkserver: two, so that two cores can send to and receive from a single one.
-const CALLERS: usize = 2;
 /// Chunkserver addresses that are remembered, far above a cluster's size; beyond it all are forgotten and connected to
 /// anew, so that addresses that moved away do not pile up.
 const ADDRESSES_MAX: usize = 4096;
 
-/// Connections to the cluster's chunkservers.
+/// Connections to the cluster's chunkservers, one to each: requests that leave together share a system call.
 #[derive(Debug, Default)]
 pub(super) struct Chunkservers {
-    callers: RwLock<HashMap<SocketAddr, [Caller; CALLERS]>>,
+    callers: RwLock<HashMap<SocketAddr, Caller>>,
 }
 
 impl Chunkservers {
@@ -30,7 +28,7 @@ impl Chunkservers {
         payload: Vec<Bytes>,
         deadline: Instant,
     ) -> Outcome {
-        let caller = self.caller(to, command.fence.seq.get());
+        let caller = self.caller(to);
         let frame = caller.call(Kind::ChunkRequest, encode_request(command), payload, deadline).await?;
         let reply = Reply::decode(&frame.meta)
             .ok()
@@ -43,16 +41,15 @@ impl Chunkservers {
         Ok(Answer { result, leader_hint: reply.leader_hint })
     }
 
-    fn caller(&self, to: SocketAddr, seq: u64) -> Caller {
-        let place = seq as usize % CALLERS;
+    fn caller(&self, to: SocketAddr) -> Caller {
         // Only whole entries go in and out, so a poisoned map is whole.
-        if let Some(callers) = self.callers.read().unwrap_or_else(PoisonError::into_inner).get(&to) {
-            return callers[place].clone();
+        if let Some(caller) = self.callers.read().unwrap_or_else(PoisonError::into_inner).get(&to) {
+            return caller.clone();
         }
         let mut callers = self.callers.write().unwrap_or_else(PoisonError::into_inner);
         if callers.len() >= ADDRESSES_MAX {
             callers.clear();
         }
-        callers.entry(to).or_insert_with(|| std::array::from_fn(|_| Caller::new(to)))[place].clone()
+        callers.entry(to).or_insert_with(|| Caller::new(to)).clone()
     }
 }
