@@ -88,6 +88,7 @@ impl Wal {
             announced: found.announced,
             cursor: found.cursor,
             buffer: AlignedBuffer::default(),
+            last: None,
         };
         let preparer = Preparer { shared: shared.clone(), disk, log };
         let threads = vec![

@@ -10,7 +10,7 @@
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::aligned::AlignedBuffer;
 use super::format::{self, BatchHeader, SECTOR, SEGMENT_HEADER};
@@ -21,6 +21,10 @@ use super::state::{self, Shared, State};
 
 /// A buffer that grew beyond this for one large entry is given back.
 const BUFFER_KEEP: usize = 8 << 20;
+
+/// How long after a batch of several records the next one gathers more: those who write much at once save a sync's CPU
+/// time by it, and wait less than a sync takes. Who writes one at a time never waits.
+const GATHER: Duration = Duration::from_micros(200);
 
 /// Where the next batch goes.
 pub(super) struct Cursor {
@@ -40,6 +44,8 @@ pub(super) struct Committer {
     /// `None` before a new log's first batch.
     pub(super) cursor: Option<Cursor>,
     pub(super) buffer: AlignedBuffer,
+    /// When the last batch was durable, and how many records it held.
+    pub(super) last: Option<(Instant, usize)>,
 }
 
 /// One batch to write; no records if it only announces that segments are free.
@@ -64,6 +70,12 @@ impl Committer {
         let shared = self.shared.clone();
         let mut state = shared.lock();
         loop {
+            if let Some(rest) = self.gather(&state) {
+                // Nobody wakes this thread meanwhile: `committer_sleeps` stays false.
+                let waited = shared.work.wait_timeout(state, rest);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            }
             let room = self.room(&state);
             match state.queue.pick(room) {
                 Pick::Batch(ops) => return Some(Work { ops, oldest: state.oldest }),
@@ -83,6 +95,16 @@ impl Committer {
             state.committer_sleeps = true;
             state = shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// How much longer to wait for more records.
+    fn gather(&self, state: &State) -> Option<Duration> {
+        let (ended, records) = self.last?;
+        let queued = state.queue.records();
+        if state.closing || records < 2 || queued == 0 || queued >= 2 * records {
+            return None;
+        }
+        GATHER.checked_sub(ended.elapsed()).filter(|rest| !rest.is_zero())
     }
 
     fn room(&self, state: &State) -> Room {
@@ -153,6 +175,7 @@ impl Committer {
         self.sequence += 1;
         self.announced = work.oldest;
         self.publish(&work.ops, &locations);
+        self.last = Some((Instant::now(), work.ops.len()));
         for op in work.ops {
             op.done.tell(Ok(()));
         }

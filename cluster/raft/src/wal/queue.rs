@@ -79,6 +79,11 @@ impl Queue {
         self.ops.push_back(op);
     }
 
+    /// Records waiting.
+    pub(super) fn records(&self) -> usize {
+        self.ops.len()
+    }
+
     /// Bytes waiting.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
