@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::ClientWriteError;
 use openraft::impls::EmptyNode;
-use openraft::{ChangeMembers, Instant as _, ServerState};
+use openraft::{ChangeMembers, RaftMetrics, ServerState};
 
 use crate::command::{Answer, GroupId, LogCommand, LogPosition, NodeId};
 use crate::error::{ProposeError, RaftError};
 use crate::member::Member;
-use crate::types::{LeaderId, position, proposer};
+use crate::types::{LeaderId, TypeConfig, position, proposer};
 use crate::wal::Wal;
 
 /// Longest wait for a transfer of leadership to be seen done.
@@ -112,8 +112,14 @@ fn held_lease(member: &Member) -> Option<LeaderId> {
     if !member.has_grown.load(Ordering::Acquire) && is_alone() {
         return Some(leader);
     }
-    let acked = raft.last_quorum_acked?.into_inner();
+    let acked = quorum_heard(member, &raft)?;
     (acked.elapsed() < member.timing.read_lease()).then_some(leader)
+}
+
+/// The moment since which a majority has accepted the present leadership.
+fn quorum_heard(member: &Member, raft: &RaftMetrics<TypeConfig>) -> Option<Instant> {
+    let configs = raft.membership_config.membership().get_joint_config();
+    member.acks.quorum(raft.vote.leader_id, member.node, configs, Instant::now())
 }
 
 impl Group {
@@ -183,7 +189,7 @@ impl Group {
             return Ok(ReadLease { leased: Some((member.clone(), leader)) });
         }
         self.require_leader()?;
-        match member.replica.read_round(member.timing.election_min).await {
+        match self.read_round().await {
             Ok(()) => {
                 member.metrics.reads_by_round.inc();
                 Ok(ReadLease { leased: None })
@@ -193,6 +199,17 @@ impl Group {
                 Err(ProposeError::NotLeader { leader: self.other_leader() })
             }
         }
+    }
+
+    /// One round to the followers: openraft's, which waits until everything committed before is applied, and then
+    /// until a majority has really accepted a message sent since it began.
+    async fn read_round(&self) -> Result<(), ()> {
+        let (member, begun) = (&self.member, Instant::now());
+        let limit = member.timing.election_min;
+        member.replica.read_round(limit).await?;
+        let is_heard =
+            || quorum_heard(member, &member.raft.borrow_watched()).is_some_and(|heard| heard >= begun);
+        tokio::time::timeout(limit, member.acks.until(is_heard)).await.map_err(drop)
     }
 
     fn require_leader(&self) -> Result<(), ProposeError> {

@@ -20,6 +20,7 @@ use crate::group::Group;
 use crate::log_store::LogStore;
 use crate::member::{Member, Timing};
 use crate::metrics::Metrics;
+use crate::network::acks::Acks;
 use crate::network::peers::Peers;
 use crate::network::{Factory, receive};
 use crate::pulse;
@@ -33,6 +34,8 @@ use crate::wal::{Wal, WalConfig, WalDone};
 const CAUGHT_UP_ENTRIES: u64 = 128;
 /// Proposals and messages that may wait for one replica: the senders' windows keep far below it (`bounded`).
 const QUEUE_MESSAGES: u64 = 8192;
+/// Steps of apply that may wait, each a hundred bytes: far more than a log's limit lets commit.
+const APPLIES_MAX: u64 = 1 << 18;
 
 /// How a host runs. The three timings must be the same on all nodes of a group.
 #[derive(Clone, Debug)]
@@ -127,6 +130,8 @@ fn openraft_config(config: &RaftConfig) -> Result<Config, RaftError> {
         broadcast_submitted_on_append: Some(true),
         api_channel_size: Some(QUEUE_MESSAGES),
         notification_channel_size: Some(QUEUE_MESSAGES),
+        // A core that waits here answers nobody: commits must fit in while apply waits for disk space.
+        state_machine_channel_size: Some(APPLIES_MAX),
         ..Config::default()
     };
     config.validate().map_err(|e| RaftError::Refused(format!("raft timings do not fit together: {e}")))
@@ -181,14 +186,16 @@ impl RaftHost {
         let log = LogStore::open(host.wal.clone(), id)?;
         let started = Arc::new(AtomicBool::new(false));
         let adapter = Adapter::new(id, machine, log.clone(), started.clone(), host.metrics.clone())?;
-        let network = Factory { group: id, peers: host.peers.clone(), throttle: host.throttle.clone() };
+        let acks = Arc::<Acks>::default();
+        let (peers, throttle) = (host.peers.clone(), host.throttle.clone());
+        let network = Factory { group: id, acks: acks.clone(), peers, throttle };
         let raft = Raft::new(host.node.0, host.openraft.clone(), network, log.clone(), adapter).await;
         let raft = raft.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         // Answered by the core once it has published what it recovered: the first status must show the members.
         raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         started.store(true, Ordering::Release);
         let replica: Box<dyn Replica> = Box::new(raft);
-        let member = Member::new(id, host.node, replica, log, host.timing, host.metrics.clone());
+        let member = Member::new(id, host.node, replica, log, acks, host.timing, host.metrics.clone());
         let member = Arc::new(member);
         host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
         Ok(Group { member, wal: host.wal.clone() })

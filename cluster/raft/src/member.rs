@@ -15,6 +15,7 @@ use openraft::async_runtime::watch::WatchReceiver;
 use crate::command::{GroupId, NodeId};
 use crate::log_store::LogStore;
 use crate::metrics::Metrics;
+use crate::network::acks::Acks;
 use crate::replica::Replica;
 use crate::snapshot::Inbound;
 use crate::types::{MetricsReceiver, VoteRequest, VoteResponse};
@@ -41,6 +42,7 @@ pub(crate) struct Member {
     pub(crate) node: NodeId,
     pub(crate) replica: Box<dyn Replica>,
     pub(crate) log: LogStore,
+    pub(crate) acks: Arc<Acks>,
     pub(crate) raft: MetricsReceiver,
     pub(crate) timing: Timing,
     pub(crate) metrics: Arc<Metrics>,
@@ -68,6 +70,7 @@ impl Member {
         node: NodeId,
         replica: Box<dyn Replica>,
         log: LogStore,
+        acks: Arc<Acks>,
         timing: Timing,
         metrics: Arc<Metrics>,
     ) -> Member {
@@ -79,6 +82,7 @@ impl Member {
             raft: replica.metrics(),
             replica,
             log,
+            acks,
             timing,
             metrics,
             inbound: Inbound::default(),

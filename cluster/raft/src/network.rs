@@ -4,6 +4,7 @@
 //! the pipelined appends, `crate::snapshot` the transfer of states, [`receive`] the other side.
 //! `bounded`: a stream has at most [`stream::WINDOW_MESSAGES`] unanswered messages; a silent connection is cut.
 
+pub(crate) mod acks;
 pub(crate) mod peers;
 pub(crate) mod receive;
 pub(crate) mod stream;
@@ -29,6 +30,7 @@ use crate::command::{GroupId, NodeId};
 use crate::snapshot;
 use crate::state_machine::adapter::SnapshotData;
 use crate::types::{AppendRequest, RpcError, TransferRequest, TypeConfig, Vote, VoteRequest, VoteResponse};
+use acks::Acks;
 use peers::{Peer, Peers};
 
 /// Pause of a replication stream to a peer that can not be reached.
@@ -37,6 +39,7 @@ const BACKOFF: Duration = Duration::from_millis(100);
 /// Makes the clients of one group.
 pub(crate) struct Factory {
     pub(crate) group: GroupId,
+    pub(crate) acks: Arc<Acks>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) throttle: Arc<snapshot::Throttle>,
 }
@@ -44,6 +47,8 @@ pub(crate) struct Factory {
 /// One group's client of one peer.
 pub(crate) struct Client {
     group: GroupId,
+    node: NodeId,
+    acks: Arc<Acks>,
     peer: Arc<Peer>,
     peers: Arc<Peers>,
     throttle: Arc<snapshot::Throttle>,
@@ -55,6 +60,8 @@ impl RaftNetworkFactory<TypeConfig> for Factory {
     async fn new_client(&mut self, target: u64, _node: &EmptyNode) -> Client {
         Client {
             group: self.group,
+            node: NodeId(target),
+            acks: self.acks.clone(),
             peer: self.peers.peer(NodeId(target)),
             peers: self.peers.clone(),
             throttle: self.throttle.clone(),
@@ -117,7 +124,8 @@ impl NetStreamAppend<TypeConfig> for Client {
                 }
             };
             let metrics = self.peers.metrics.clone();
-            let answers: BoxStream<'s, _> = Box::pin(stream::run(self.group, link, metrics, input));
+            let answers = stream::run(self.group, self.node, self.acks.clone(), link, metrics, input);
+            let answers: BoxStream<'s, _> = Box::pin(answers);
             Ok(answers)
         })
     }
@@ -176,7 +184,7 @@ mod tests {
     async fn a_peer_that_is_away_is_not_asked_again_at_once() {
         let peers = Arc::new(Peers::new(Arc::new(Metrics::register(&mut Registry::default()))));
         let throttle = Arc::new(snapshot::Throttle::new(0));
-        let mut factory = Factory { group: GroupId(1), peers, throttle };
+        let mut factory = Factory { group: GroupId(1), acks: Arc::default(), peers, throttle };
         let mut client = factory.new_client(2, &EmptyNode::new()).await;
         let begun = Instant::now();
         for _ in 0..10 {

@@ -15,12 +15,13 @@ use spline_wire::Frame;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::acks::Acks;
 use super::peers::Link;
 use super::{broken, unexpected};
 use crate::codec::message::{Reply, Request};
-use crate::command::GroupId;
+use crate::command::{GroupId, NodeId};
 use crate::metrics::Metrics;
-use crate::types::{AppendRequest, LogId, RpcError, TypeConfig};
+use crate::types::{AppendRequest, LeaderId, LogId, RpcError, TypeConfig};
 use openraft::EntryPayload;
 
 /// Most unanswered messages of one stream: enough to fill a slow link with small entries.
@@ -36,6 +37,9 @@ type Answer = Result<StreamAppendResult<TypeConfig>, RpcError>;
 /// A message on its way.
 struct Sent {
     request: u64,
+    /// Under which leadership, and a moment not after it was sent.
+    leader: LeaderId,
+    begun: std::time::Instant,
     previous: Option<LogId>,
     last: Option<LogId>,
     bytes: usize,
@@ -44,6 +48,8 @@ struct Sent {
 
 struct Session<S> {
     group: GroupId,
+    peer: NodeId,
+    acks: Arc<Acks>,
     link: Arc<Link>,
     metrics: Arc<Metrics>,
     input: S,
@@ -62,9 +68,12 @@ impl<S> Drop for Session<S> {
     }
 }
 
-/// Sends what `input` yields and yields the answers in its order. Ends after the first answer that is not a success.
+/// Sends what `input` yields to `peer` and yields the answers in its order. Ends after the first answer that is not a
+/// success. What the peer accepts is told to `acks`.
 pub(crate) fn run<S>(
     group: GroupId,
+    peer: NodeId,
+    acks: Arc<Acks>,
     link: Arc<Link>,
     metrics: Arc<Metrics>,
     input: S,
@@ -76,6 +85,8 @@ where
     let sent = VecDeque::new();
     let session = Session {
         group,
+        peer,
+        acks,
         link,
         metrics,
         input,
@@ -153,12 +164,16 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
         let frame = frame.ok_or_else(|| broken("connection broke"))?;
         let reply = Reply::from_frame(frame).map_err(broken)?;
         if let Some(sent) = self.sent.iter_mut().find(|sent| sent.request == request) {
+            if matches!(reply, Reply::Appended) {
+                self.acks.note(self.peer, sent.leader, sent.begun);
+            }
             sent.reply = Some(reply);
         }
         Ok(())
     }
 
     async fn send(&mut self, append: AppendRequest) -> Result<(), String> {
+        let (leader, begun) = (append.vote.leader_id, std::time::Instant::now());
         let previous = append.prev_log_id;
         let last = append.entries.last().map(|entry| entry.log_id).or(previous);
         let bytes = append.entries.iter().map(entry_bytes).sum();
@@ -166,7 +181,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
         self.metrics.entries_sent.inc_by(append.entries.len() as u64);
         let request = self.link.send(self.group, Request::Append(append), &self.reply_to).await?;
         self.bytes += bytes;
-        self.sent.push_back(Sent { request, previous, last, bytes, reply: None });
+        self.sent.push_back(Sent { request, leader, begun, previous, last, bytes, reply: None });
         Ok(())
     }
 }
