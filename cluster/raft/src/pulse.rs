@@ -10,6 +10,7 @@
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver;
 
@@ -49,7 +50,7 @@ pub(crate) async fn run(host: Weak<HostState>) {
             host.peers.cut_silent();
         }
         for member in &members {
-            look_at(&host, member, now, heartbeat).await;
+            look_at(&host, member, now, heartbeat);
         }
         if now >= next_checkpoint {
             next_checkpoint = now + CHECKPOINT_EVERY;
@@ -87,11 +88,11 @@ fn look(member: &Member, heartbeat: bool) -> Look {
     Look::Voter { voters, candidate: raft.state == ServerState::Candidate }
 }
 
-async fn look_at(host: &HostState, member: &Arc<Member>, now: Instant, heartbeat: bool) {
+fn look_at(host: &HostState, member: &Arc<Member>, now: Instant, heartbeat: bool) {
     match look(member, heartbeat) {
         Look::Nothing => {}
-        Look::Beat => member.replica.heartbeat().await,
-        Look::Voter { voters, .. } if voters == [member.node] => campaign(member, now, false).await,
+        Look::Beat => poke(member, member.replica.heartbeat()),
+        Look::Voter { voters, .. } if voters == [member.node] => campaign(member, now, false),
         Look::Voter { voters, candidate } => {
             let mut up = 1;
             for peer in
@@ -105,13 +106,13 @@ async fn look_at(host: &HostState, member: &Arc<Member>, now: Instant, heartbeat
                 let pause = if candidate { member.timing.election_min } else { RETRY };
                 set_retry(member, now + pause + RANK_STEP * rank(member, &voters));
                 tracing::debug!(group = %member.id, candidate, "standing for election");
-                campaign(member, now, true).await;
+                campaign(member, now, true);
             }
         }
     }
 }
 
-async fn campaign(member: &Member, now: Instant, pre_vote: bool) {
+fn campaign(member: &Member, now: Instant, pre_vote: bool) {
     if !pre_vote {
         if !may_retry(member, now) {
             return;
@@ -119,7 +120,15 @@ async fn campaign(member: &Member, now: Instant, pre_vote: bool) {
         set_retry(member, now + member.timing.election_min);
     }
     member.metrics.elections.inc();
-    member.replica.elect(pre_vote).await;
+    poke(member, member.replica.elect(pre_vote));
+}
+
+/// Hands a group's core something if it takes it at once. One that is stuck must not stop the clock of all others; it
+/// is poked again at the next beat.
+fn poke(member: &Member, what: impl Future<Output = ()>) {
+    if tokio::task::unconstrained(what).now_or_never().is_none() {
+        tracing::debug!(group = %member.id, "replica takes nothing now");
+    }
 }
 
 fn may_retry(member: &Member, now: Instant) -> bool {
