@@ -237,8 +237,9 @@ impl StateMachine for CopysetMachine {
         Box::new(Job { unsynced: self.shared.store.unsynced(), fence, shared: Arc::clone(&self.shared) })
     }
 
-    fn snapshot_source(&self) -> io::Result<Box<dyn SnapshotSource>> {
-        Ok(Box::new(Source::new(Arc::clone(&self.shared))?))
+    fn snapshot_source(&self) -> io::Result<(Checkpoint, Box<dyn SnapshotSource>)> {
+        let (checkpoint, source) = Source::new(Arc::clone(&self.shared))?;
+        Ok((checkpoint, Box::new(source)))
     }
 
     fn snapshot_sink(&mut self) -> io::Result<Box<dyn SnapshotSink>> {

@@ -114,9 +114,9 @@ impl StateMachine for Machine {
         Box::new(Job { store: Arc::clone(&self.store) })
     }
 
-    fn snapshot_source(&self) -> io::Result<Box<dyn SnapshotSource>> {
+    fn snapshot_source(&self) -> io::Result<(Checkpoint, Box<dyn SnapshotSource>)> {
         let dump = self.state.read(|state| snapshot::dump(state, self.applied));
-        Ok(Box::new(snapshot::Source::new(dump)))
+        Ok((self.store.checkpoint()?, Box::new(snapshot::Source::new(dump))))
     }
 
     fn snapshot_sink(&mut self) -> io::Result<Box<dyn SnapshotSink>> {

@@ -117,14 +117,17 @@ impl Store {
         let rows = self.rows().map_err(|e| failed("can not read the tables", e))?;
         let state = MetaState::from_rows(rows).map_err(io::Error::other)?;
         let applied = self.meta(APPLIED)?.map(|row| serde_json::from_slice::<Position>(&row)).transpose()?;
-        let checkpoint = match self.meta(CHECKPOINT)? {
-            None => Checkpoint::default(),
-            Some(row) => {
-                let row: CheckpointRow = serde_json::from_slice(&row)?;
-                Checkpoint { position: row.position.map(Into::into), membership: row.membership.0.into() }
-            }
-        };
-        Ok(Loaded { state, applied: applied.map(Into::into), checkpoint })
+        Ok(Loaded { state, applied: applied.map(Into::into), checkpoint: self.checkpoint()? })
+    }
+
+    /// The last checkpoint that was recorded.
+    ///
+    /// # Errors
+    /// If the disk fails or the row is damaged.
+    pub fn checkpoint(&self) -> io::Result<Checkpoint> {
+        let Some(row) = self.meta(CHECKPOINT)? else { return Ok(Checkpoint::default()) };
+        let row: CheckpointRow = serde_json::from_slice(&row)?;
+        Ok(Checkpoint { position: row.position.map(Into::into), membership: row.membership.0.into() })
     }
 
     fn meta(&self, name: &str) -> io::Result<Option<Vec<u8>>> {

@@ -36,7 +36,7 @@ impl StateMachine for Counting {
     fn begin_checkpoint(&mut self) -> Box<dyn CheckpointJob> {
         Box::new(NoJob)
     }
-    fn snapshot_source(&self) -> io::Result<Box<dyn SnapshotSource>> {
+    fn snapshot_source(&self) -> io::Result<(Checkpoint, Box<dyn SnapshotSource>)> {
         Err(io::Error::other("the benchmark has nothing to send"))
     }
     fn snapshot_sink(&mut self) -> io::Result<Box<dyn SnapshotSink>> {

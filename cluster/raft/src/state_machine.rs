@@ -40,9 +40,9 @@ pub trait StateMachine: Send + Sync + 'static {
     /// Captures what is dirty now; cheap. Applies go on while the job runs.
     fn begin_checkpoint(&mut self) -> Box<dyn CheckpointJob>;
 
-    /// A reader over the last durable checkpoint. Contents may be newer than the checkpoint: the receiver replays the
-    /// log from the checkpoint on, which is idempotent.
-    fn snapshot_source(&self) -> io::Result<Box<dyn SnapshotSource>>;
+    /// A reader over the last durable checkpoint, and that checkpoint: the two belong together. Contents may be newer
+    /// than the checkpoint: the receiver replays the log from the checkpoint on, which is idempotent.
+    fn snapshot_source(&self) -> io::Result<(Checkpoint, Box<dyn SnapshotSource>)>;
 
     /// A writer that replaces this replica's state.
     fn snapshot_sink(&mut self) -> io::Result<Box<dyn SnapshotSink>>;

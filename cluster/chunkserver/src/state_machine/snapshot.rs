@@ -22,7 +22,7 @@ use crate::store::chunk_store::{file_name, list};
 use crate::store::{Chunk, Patience, StoreError};
 use bytes::{Buf, BufMut, Bytes};
 use futures_util::future::BoxFuture;
-use spline_raft::{LogPosition, SnapshotSink, SnapshotSource};
+use spline_raft::{Checkpoint, LogPosition, SnapshotSink, SnapshotSource};
 use spline_types::limits::{CHUNK_BLOCK_BYTES, CHUNK_BLOCKS};
 use spline_types::{ChunkId, CopysetId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -158,12 +158,14 @@ pub struct Source {
 }
 
 impl Source {
-    /// A reader of the chunks as they are, under the fence of the last checkpoint. Opens every chunk.
+    /// A reader of the chunks as they are, under the fence of the last checkpoint, and that checkpoint. Opens every
+    /// chunk.
     ///
     /// # Errors
     /// If a chunk can not be opened.
-    pub fn new(shared: Arc<Shared>) -> io::Result<Self> {
+    pub fn new(shared: Arc<Shared>) -> io::Result<(Checkpoint, Self)> {
         let durable = shared.durable();
+        let checkpoint = Checkpoint { position: durable.position, membership: durable.membership };
         let mut chunks = Vec::new();
         for id in shared.store.present() {
             let Some(chunk) = shared.store.get(id, Patience::Blocking).map_err(to_io)? else { continue };
@@ -173,7 +175,7 @@ impl Source {
             }
         }
         let manifest = Manifest { position: durable.position, fence: durable.fence, chunks };
-        Ok(Self { shared, manifest })
+        Ok((checkpoint, Self { shared, manifest }))
     }
 }
 

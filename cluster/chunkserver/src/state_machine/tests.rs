@@ -101,7 +101,7 @@ async fn a_deleted_volume_stays_deleted() {
 
 /// Sends the source's items to a sink of `to`, at most `limit` of them; returns how many were asked for.
 async fn copy(from: &Replica, to: &mut Replica, limit: usize) -> usize {
-    let mut source = from.machine.snapshot_source().expect("source");
+    let (_, mut source) = from.machine.snapshot_source().expect("source");
     let mut sink = to.machine.snapshot_sink().expect("sink");
     let wanted = sink.begin(source.manifest()).await.expect("begins");
     for item in wanted.iter().take(limit) {
@@ -160,7 +160,7 @@ async fn old_entries_that_are_applied_while_a_copy_arrives_do_not_spoil_it() {
     assert_eq!(from.apply(6, write(chunk(1, 0), 2, 6, 1, 5), b"extra").await, Ok(()));
     from.checkpoint(6).await;
 
-    let mut source = from.machine.snapshot_source().expect("source");
+    let (_, mut source) = from.machine.snapshot_source().expect("source");
     let mut sink = to.machine.snapshot_sink().expect("sink");
     let wanted = sink.begin(source.manifest()).await.expect("begins");
     assert_eq!(wanted.len(), 1, "three chunks are there already");

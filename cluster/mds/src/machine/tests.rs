@@ -59,7 +59,7 @@ async fn a_snapshot_carries_the_state_and_its_position() {
     sender.apply(batch).await.expect("applied");
     let mut receiver = machine(to.path());
     receiver.apply(vec![(at(1), create("to-be-replaced"))]).await.expect("applied");
-    let mut source = sender.snapshot_source().expect("source");
+    let (_, mut source) = sender.snapshot_source().expect("source");
     let mut sink = receiver.snapshot_sink().expect("sink");
     for item in sink.begin(source.manifest()).await.expect("begins") {
         sink.write(item, source.read(item).await.expect("read")).await.expect("written");
@@ -80,7 +80,7 @@ async fn an_incomplete_snapshot_is_refused() {
     let dir = tempfile::tempdir().expect("directory");
     let mut sender = machine(dir.path());
     sender.apply(vec![(at(1), create("a"))]).await.expect("applied");
-    let source = sender.snapshot_source().expect("source");
+    let (_, source) = sender.snapshot_source().expect("source");
     let mut sink = sender.snapshot_sink().expect("sink");
     sink.begin(source.manifest()).await.expect("begins");
     sink.write(0, Bytes::from_static(b"{}")).await.expect("written");

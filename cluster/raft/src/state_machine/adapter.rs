@@ -37,17 +37,14 @@ pub(crate) enum SnapshotData {
     Sink(Box<dyn SnapshotSink>),
 }
 
-/// The meta of the last durable checkpoint. Held while that checkpoint is replaced, so that meta and files are always
-/// seen as a pair.
-type LastCheckpoint = Arc<tokio::sync::Mutex<Option<SnapshotMeta>>>;
-
 pub(crate) struct Adapter<S> {
     group: GroupId,
     machine: S,
     log: LogStore,
     applied: Option<LogId>,
     membership: StoredMembership,
-    checkpoint: LastCheckpoint,
+    /// The durable checkpoint at the start.
+    recovered: Option<SnapshotMeta>,
     /// False while openraft starts and only wants to know where the checkpoint is.
     started: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
@@ -64,10 +61,8 @@ impl<S: StateMachine> Adapter<S> {
         let last = machine.checkpoint();
         let membership = codec::decode_membership(&last.membership)?;
         let applied = last.position.as_ref().map(log_id);
-        let meta =
-            applied.map(|_| SnapshotMeta { last_log_id: applied, last_membership: membership.clone() });
-        let checkpoint = Arc::new(tokio::sync::Mutex::new(meta));
-        Ok(Adapter { group, machine, log, applied, membership, checkpoint, started, metrics })
+        let recovered = to_meta(&last)?;
+        Ok(Adapter { group, machine, log, applied, membership, recovered, started, metrics })
     }
 
     /// A sink for a snapshot that a leader wants to send.
@@ -169,8 +164,7 @@ impl<S: StateMachine> RaftStateMachine<TypeConfig> for Adapter<S> {
     async fn get_snapshot_builder(&mut self) -> Builder {
         let meta = SnapshotMeta { last_log_id: self.applied, last_membership: self.membership.clone() };
         let job = Mutex::new(Some(self.machine.begin_checkpoint()));
-        let (checkpoint, log) = (self.checkpoint.clone(), self.log.clone());
-        Builder { group: self.group, job, meta, checkpoint, log, metrics: self.metrics.clone() }
+        Builder { group: self.group, job, meta, log: self.log.clone(), metrics: self.metrics.clone() }
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
@@ -178,9 +172,7 @@ impl<S: StateMachine> RaftStateMachine<TypeConfig> for Adapter<S> {
             return Err(io::Error::other("a snapshot without contents can not be installed"));
         };
         sink.finish().await?;
-        let mut checkpoint = self.checkpoint.lock().await;
         self.machine.installed(to_checkpoint(meta)).await?;
-        *checkpoint = Some(meta.clone());
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
         tracing::info!(group = %self.group, meta = %meta, "snapshot installed");
@@ -188,14 +180,13 @@ impl<S: StateMachine> RaftStateMachine<TypeConfig> for Adapter<S> {
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<OpenraftSnapshot>> {
-        let checkpoint = self.checkpoint.lock().await;
-        let Some(meta) = checkpoint.clone() else { return Ok(None) };
-        let snapshot = if self.started.load(Ordering::Acquire) {
-            SnapshotData::Source(self.machine.snapshot_source()?)
-        } else {
-            SnapshotData::Local
-        };
-        Ok(Some(Snapshot { meta, snapshot }))
+        if !self.started.load(Ordering::Acquire) {
+            let meta = self.recovered.clone();
+            return Ok(meta.map(|meta| Snapshot { meta, snapshot: SnapshotData::Local }));
+        }
+        let (checkpoint, source) = self.machine.snapshot_source()?;
+        let meta = to_meta(&checkpoint)?;
+        Ok(meta.map(|meta| Snapshot { meta, snapshot: SnapshotData::Source(source) }))
     }
 }
 
@@ -206,12 +197,18 @@ fn to_checkpoint(meta: &SnapshotMeta) -> Checkpoint {
     }
 }
 
+/// `None` before the first checkpoint.
+fn to_meta(checkpoint: &Checkpoint) -> io::Result<Option<SnapshotMeta>> {
+    let Some(position) = &checkpoint.position else { return Ok(None) };
+    let last_membership = codec::decode_membership(&checkpoint.membership)?;
+    Ok(Some(SnapshotMeta { last_log_id: Some(log_id(position)), last_membership }))
+}
+
 /// A checkpoint under way, as openraft's snapshot build.
 pub(crate) struct Builder {
     group: GroupId,
     job: Mutex<Option<Box<dyn CheckpointJob>>>,
     meta: SnapshotMeta,
-    checkpoint: LastCheckpoint,
     log: LogStore,
     metrics: Arc<Metrics>,
 }
@@ -222,16 +219,10 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     async fn build_snapshot(&mut self) -> io::Result<OpenraftSnapshot> {
         let job = self.job.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let job = job.ok_or_else(|| io::Error::other("a checkpoint is built once"))?;
-        let mut checkpoint = self.checkpoint.lock().await;
-        if let Some(newer) = checkpoint.clone().filter(|last| last.last_log_id > self.meta.last_log_id) {
-            // A snapshot was installed since this one was begun: what it captured is gone.
-            return Ok(Snapshot { meta: newer, snapshot: SnapshotData::Local });
-        }
         if let Err(error) = job.run(to_checkpoint(&self.meta)).await {
             tracing::error!(group = %self.group, %error, "checkpoint failed, this replica stops");
             return Err(error);
         }
-        *checkpoint = Some(self.meta.clone());
         if let Some(last) = &self.meta.last_log_id {
             self.log.checkpointed(last.index);
         }

@@ -77,10 +77,11 @@ impl StateMachine for Machine {
         Box::new(Job { registers: self.shared.0.lock().unwrap().clone(), path: self.path.clone() })
     }
 
-    fn snapshot_source(&self) -> io::Result<Box<dyn SnapshotSource>> {
+    fn snapshot_source(&self) -> io::Result<(Checkpoint, Box<dyn SnapshotSource>)> {
+        let (checkpoint, _) = decode(&std::fs::read(&self.path)?);
         let items =
             self.shared.0.lock().unwrap().iter().map(|(key, value)| encode_one(*key, value)).collect();
-        Ok(Box::new(Source { items }))
+        Ok((checkpoint, Box::new(Source { items })))
     }
 
     fn snapshot_sink(&mut self) -> io::Result<Box<dyn SnapshotSink>> {
