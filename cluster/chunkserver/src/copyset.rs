@@ -8,7 +8,7 @@
 use crate::command::{Command, decode_answer};
 use crate::mend;
 use crate::state_machine::Shared;
-use crate::store::{Patience, StoreError};
+use crate::store::{Patience, Reservation, StoreError};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use spline_raft::{Group, GroupStatus, NodeId, ProposeError};
@@ -149,21 +149,24 @@ impl Copyset {
 
     async fn change(&self, command: ChunkCommand, payload: Bytes) -> Result<Outcome, Fault> {
         self.check_epoch(&command)?;
-        if command.op != ChunkOp::Discard && self.lacks_space(&command) {
-            return Err(Fault::NoSpace);
-        }
+        let _room = if command.op == ChunkOp::Discard { None } else { self.reserve(&command)? };
         self.propose(Command::Chunk(command), payload).await.map(|()| Outcome::Done)
     }
 
-    /// Whether the command needs a new chunk and a replica can not make one. Asked before the command is logged: an
+    /// Space for the chunk that the command makes; `None` if the chunk exists. Asked before the command is logged: an
     /// entry once logged must be carried out by every replica.
-    fn lacks_space(&self, command: &ChunkCommand) -> bool {
-        if self.shared.store.has(command.chunk) {
-            return false;
+    fn reserve(&self, command: &ChunkCommand) -> Result<Option<Reservation>, Fault> {
+        let store = &self.shared.store;
+        if store.has(command.chunk) {
+            return Ok(None);
         }
-        if self.shared.store.disk().pool.full() {
-            return true;
+        if self.has_full_member() {
+            return Err(Fault::NoSpace);
         }
+        store.disk().reserve(self.shared.copyset, command.chunk).map(Some).ok_or(Fault::NoSpace)
+    }
+
+    fn has_full_member(&self) -> bool {
         let full = self.server.full.load();
         if full.is_empty() {
             return false;

@@ -2,7 +2,8 @@
 //!
 //! Called by the state machine and the copysets. Must never know: raft, the network, who asks.
 //!
-//! Modules in the order in which a write meets them: [`chunk_store`] (the chunks of one copyset) → [`pool`] (where new
+//! Modules in the order in which a write meets them: [`reservation`] (of new chunks, before the write is logged) →
+//! [`chunk_store`] (the chunks of one copyset) → [`pool`] (where new
 //! files come from) → [`chunk_file`] (one open chunk) → [`checksum`] → [`layout`] (its bytes).
 //! Invariants: `bounded` (open files), `replicas_identical`.
 
@@ -11,12 +12,15 @@ pub mod chunk_file;
 pub mod chunk_store;
 pub mod layout;
 pub mod pool;
+pub mod reservation;
 
 pub use chunk_file::{Chunk, Damaged, Merge};
 pub use chunk_store::{ChunkStore, Unsynced};
 pub use pool::Pool;
+pub use reservation::Reservation;
 
 use prometheus_client::metrics::counter::Counter;
+use reservation::Promised;
 use spline_types::{ChunkId, CopysetId};
 use std::collections::HashMap;
 use std::io;
@@ -73,13 +77,14 @@ pub struct Disk {
     /// Open chunks to keep; more are open only while all of them are dirty or in use.
     limit: usize,
     tick: AtomicU64,
+    promised: Promised,
 }
 
 impl Disk {
     /// A disk over `pool` that keeps `limit` chunks open.
     pub fn new(pool: Arc<Pool>, limit: usize, damaged: Counter) -> Arc<Self> {
         let (open, tick) = (Mutex::default(), AtomicU64::new(0));
-        Arc::new(Self { pool, damaged, open, limit: limit.max(16), tick })
+        Arc::new(Self { pool, damaged, open, limit: limit.max(16), tick, promised: Promised::default() })
     }
 
     /// Chunks open now.

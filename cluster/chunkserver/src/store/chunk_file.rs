@@ -17,7 +17,6 @@
 use super::checksum::{self, ZERO_BLOCK};
 use super::layout::{Bitmap, DATA_AT, Header, SLOT_BYTES, Slot, TABLE_AT, TABLE_BYTES};
 use super::{Patience, StoreError};
-use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev};
 use spline_types::limits::{CHUNK_BLOCK_BYTES, CHUNK_BLOCKS};
 use spline_types::{ChunkId, ChunkRange, Extent};
@@ -245,8 +244,12 @@ impl Chunk {
         Ok(damaged)
     }
 
-    /// Makes a range zeros: whole blocks are given back, parts of blocks are overwritten. Returns damaged blocks as
-    /// [`Chunk::write`] does.
+    /// Makes a range zeros: whole blocks count as never written, parts of blocks are overwritten. Returns damaged blocks
+    /// as [`Chunk::write`] does.
+    ///
+    /// The file keeps its space: a later write of the range is logged before it is applied, and must not find then that
+    /// others took the space. For this reason nothing is asked of the filesystem, not even to zero the range: some do
+    /// that by a hole that they fill again. What is read is governed by the bitmap.
     ///
     /// # Errors
     /// As [`Chunk::write`].
@@ -273,13 +276,6 @@ impl Chunk {
         let mut state = self.exclusive();
         let runs: Vec<_> = state.header.bitmap.runs(whole.start..whole.end.max(whole.start)).collect();
         for (from, to, _) in runs.into_iter().filter(|(_, _, allocated)| *allocated) {
-            let (at, length) = (u64::from(from) * BLOCK as u64, u64::from(to - from) * BLOCK as u64);
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            match fallocate(&self.file, flags, DATA_AT + at, length) {
-                // Without holes the space stays taken; what is read is governed by the bitmap.
-                Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                Err(error) => return Err(io::Error::from(error).into()),
-            }
             for block in from..to {
                 state.header.bitmap.set(block, false);
                 state.table[block as usize] = 0;

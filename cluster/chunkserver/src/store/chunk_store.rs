@@ -182,7 +182,7 @@ impl ChunkStore {
         Ok(())
     }
 
-    /// Makes a range zeros and gives whole blocks back; a chunk with nothing left goes back to the pool.
+    /// Makes a range zeros; a chunk with nothing left goes back to the pool, one that lives on keeps its space.
     ///
     /// # Errors
     /// As [`Chunk::discard`].

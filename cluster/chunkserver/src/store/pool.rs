@@ -133,13 +133,31 @@ impl Pool {
         state.no_room && state.free.len() < self.spare
     }
 
+    /// Whether `chunks` more chunks can be made, with files that are ready or that the disk has room for. A file that is
+    /// being made this moment may be missed.
+    pub fn has_room_for(&self, chunks: usize) -> bool {
+        if self.full() {
+            return false;
+        }
+        let (here, more) = {
+            let state = self.lock();
+            (state.free.len() + state.trash.len(), self.limit.saturating_sub(state.files))
+        };
+        let Some(missing) = chunks.checked_sub(here).filter(|missing| *missing > 0) else { return true };
+        missing as u64 <= more.min(self.room())
+    }
+
+    /// Chunk files that the filesystem has room for.
+    fn room(&self) -> u64 {
+        available(&self.dir).unwrap_or(0).saturating_sub(HEADROOM) / FILE_BYTES
+    }
+
     /// How full it is.
     pub fn status(&self) -> PoolStatus {
         let state = self.lock();
         let (free, files) = (state.free.len() as u64, state.files);
         drop(state);
-        let room = available(&self.dir).unwrap_or(0).saturating_sub(HEADROOM) / FILE_BYTES;
-        let capacity = self.limit.min(files.saturating_add(room)).saturating_mul(FILE_BYTES);
+        let capacity = self.limit.min(files.saturating_add(self.room())).saturating_mul(FILE_BYTES);
         PoolStatus { free, used: files.saturating_sub(free), capacity }
     }
 

@@ -210,3 +210,24 @@ fn volumes_are_counted_and_deleted() {
     let zeros = store.read(chunk(1, 0), range(0, 10), Patience::Blocking).expect("reads");
     assert_eq!(zeros, [0; 10]);
 }
+
+#[test]
+fn a_chunk_that_is_discarded_in_part_keeps_its_space() {
+    use std::os::unix::fs::MetadataExt;
+
+    let bench = Bench::new();
+    let store = bench.store(&[]);
+    let space = || std::fs::metadata(bench.chunks().join(file_name(id()))).map(|file| file.blocks());
+    apply(&store, &Op::Write(0, 1 << 20, 5), Merge::Verified);
+    let before = space().expect("exists");
+    apply(&store, &Op::Discard(4096, (1 << 20) - 4096), Merge::Verified);
+    assert_eq!(space().expect("exists"), before);
+    let read = store.read(id(), range(0, 8192), Patience::Blocking).expect("reads");
+    assert!(read[..4096].iter().all(|byte| *byte == 5) && read[4096..].iter().all(|byte| *byte == 0));
+    // A part of a block that was given up lies among zeros, whatever the file holds.
+    apply(&store, &Op::Write(8192, 1, 6), Merge::Verified);
+    let read = store.read(id(), range(8192, 4096), Patience::Blocking).expect("reads");
+    assert!(read[0] == 6 && read[1..].iter().all(|byte| *byte == 0));
+    apply(&store, &Op::Discard(0, 1 << 20), Merge::Verified);
+    assert!(space().is_err(), "its last block is gone");
+}
