@@ -168,13 +168,12 @@ impl Chunk {
             }
             let part =
                 &mut data[(from - blocks.start) as usize * BLOCK..(to - blocks.start) as usize * BLOCK];
-            match self.pread(part, from, patience) {
-                // The disk can not give these bytes: the same to the caller as bytes that are wrong.
-                Err(StoreError::Io(error)) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
-                    tracing::error!(chunk = %self.id, block = from, %error, "the disk can not read a block");
-                    return Ok(Err(from));
-                }
-                other => other?,
+            // The disk can not give these bytes: the same to the caller as bytes that are wrong.
+            if let Some(block) =
+                first_unreadable(from, part, |into, block| self.pread(into, block, patience))?
+            {
+                tracing::error!(chunk = %self.id, block, "the disk can not read a block");
+                return Ok(Err(block));
             }
             for (block, bytes) in (from..to).zip(part.chunks_exact(BLOCK)) {
                 if checksum::of_block(self.id, block, bytes) != sums[(block - blocks.start) as usize] {
@@ -424,10 +423,15 @@ impl Chunk {
         let mut bytes = ZERO_BLOCK.to_vec();
         let mut sound = true;
         if state.header.bitmap.get(block) {
-            self.pread(&mut bytes, block, patience)?;
+            let lost = first_unreadable(block, &mut bytes, |into, block| self.pread(into, block, patience))?;
             let kept = state.table[block as usize];
-            let matches = checksum::of_block(self.id, block, &bytes) == kept;
-            sound = matches || (merge == Merge::Replaying && kept != checksum::DAMAGED);
+            if lost.is_some() {
+                tracing::error!(chunk = %self.id, block, "the disk can not read a block that is written in part");
+                bytes.fill(0);
+                sound = false;
+            } else if checksum::of_block(self.id, block, &bytes) != kept {
+                sound = merge == Merge::Replaying && kept != checksum::DAMAGED;
+            }
         }
         bytes[skip..skip + part.len()].copy_from_slice(part);
         Ok((bytes, sound))
@@ -495,6 +499,31 @@ impl State {
     }
 }
 
+/// Reads whole blocks from `first` on into `part` by `read`. Returns the first block that the disk can not read, for
+/// which the run is read again block by block.
+///
+/// # Errors
+/// Those of `read`, except a sector that can not be read.
+fn first_unreadable(
+    first: u32,
+    part: &mut [u8],
+    mut read: impl FnMut(&mut [u8], u32) -> Result<(), StoreError>,
+) -> Result<Option<u32>, StoreError> {
+    let mut is_readable = |into: &mut [u8], block| match read(into, block) {
+        Err(StoreError::Io(error)) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(false),
+        other => other.map(|()| true),
+    };
+    if is_readable(part, first)? {
+        return Ok(None);
+    }
+    for (block, bytes) in (first..).zip(part.chunks_exact_mut(BLOCK)) {
+        if !is_readable(bytes, block)? {
+            return Ok(Some(block));
+        }
+    }
+    Ok(None)
+}
+
 /// The blocks that a range touches.
 fn blocks_of(range: ChunkRange) -> Range<u32> {
     let start = range.offset() / CHUNK_BLOCK_BYTES;
@@ -520,3 +549,6 @@ fn cut(mut data: Vec<u8>, range: ChunkRange, blocks: &Range<u32>) -> Vec<u8> {
     data.truncate(range.length() as usize);
     data
 }
+
+#[cfg(test)]
+mod tests;
