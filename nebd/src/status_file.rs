@@ -1,9 +1,11 @@
 //! The status file of a serving nebd, for `spline nbd ls`: `<runtime_dir>/nebd/<name>.json`.
 //!
-//! Written once it serves, removed when it ends. Must not know: the event loop.
+//! Written once it serves, locked while it lives, removed when it ends: a file without a lock is of a nebd that died. Must not know: the event loop.
 
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// What the file says.
@@ -25,6 +27,7 @@ pub struct Status {
 #[derive(Debug)]
 pub struct StatusFile {
     path: PathBuf,
+    _locked: File,
 }
 
 impl StatusFile {
@@ -43,9 +46,11 @@ impl StatusFile {
             std::fs::create_dir_all(parent)?;
         }
         let partial = path.with_extension("json.new");
-        std::fs::write(&partial, serde_json::to_vec_pretty(status)?)?;
+        let mut file = File::create(&partial)?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        file.write_all(&serde_json::to_vec_pretty(status)?)?;
         std::fs::rename(&partial, &path)?;
-        Ok(Self { path })
+        Ok(Self { path, _locked: file })
     }
 }
 

@@ -2,9 +2,10 @@
 //!
 //! Called by `nbd ls` and by `dev`. Foreign input: a file that does not parse is skipped with a warning.
 
-use crate::nebd::is_alive;
 use anyhow::Context;
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// One nebd process.
@@ -18,7 +19,7 @@ pub struct ExportStatus {
     pub sockets: Vec<String>,
     /// Its version.
     pub version: String,
-    /// Whether the process lives; not in the file.
+    /// Whether the process lives: it holds a lock on the file.
     #[serde(default, skip_deserializing)]
     pub alive: bool,
     /// Where this was read.
@@ -42,9 +43,11 @@ pub fn read_all(runtime_dir: &Path) -> anyhow::Result<Vec<ExportStatus>> {
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
-        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        // Removed meanwhile: its nebd has ended.
+        let Ok(mut file) = File::open(&path) else { continue };
+        let text = std::io::read_to_string(&mut file).unwrap_or_default();
         match serde_json::from_str::<ExportStatus>(&text) {
-            Ok(status) => found.push(ExportStatus { alive: is_nebd(status.pid), file: path, ..status }),
+            Ok(status) => found.push(ExportStatus { alive: is_locked(&file), file: path, ..status }),
             Err(error) => tracing::warn!(path = %path.display(), %error, "status file is skipped"),
         }
     }
@@ -52,10 +55,9 @@ pub fn read_all(runtime_dir: &Path) -> anyhow::Result<Vec<ExportStatus>> {
     Ok(found)
 }
 
-/// Whether a process of this id lives and is a nebd: the system gives numbers out again.
-fn is_nebd(pid: u32) -> bool {
-    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    is_alive(pid) && name.trim_end() == "spline-nebd"
+/// Whether the nebd that wrote the file lives. Its process id alone does not tell: the system gives numbers out again.
+fn is_locked(file: &File) -> bool {
+    flock(file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
 }
 
 #[cfg(test)]
@@ -72,10 +74,9 @@ mod tests {
         let file = |pid: u32, volume: &str| {
             format!(r#"{{"pid":{pid},"volume":"{volume}","sockets":["/s"],"version":"1","more":1}}"#)
         };
-        let program = dir.path().join("spline-nebd");
-        std::fs::copy("/bin/sleep", &program).expect("copies");
-        let mut living = std::process::Command::new(&program).arg("60").spawn().expect("starts");
-        write("b.json", &file(living.id(), "b"));
+        write("b.json", &file(7, "b"));
+        let locked = File::open(nebd.join("b.json")).expect("opens");
+        flock(&locked, FlockOperation::NonBlockingLockExclusive).expect("locks");
         write("a.json", &file(u32::MAX, "a"));
         // The number belongs to another program by now.
         write("d.json", &file(std::process::id(), "d"));
@@ -86,7 +87,5 @@ mod tests {
             found.iter().map(|e| (e.volume.as_str(), e.alive)).collect::<Vec<_>>(),
             [("a", false), ("b", true), ("d", false)]
         );
-        living.kill().expect("ends");
-        living.wait().expect("ends");
     }
 }
