@@ -9,14 +9,15 @@ use crate::command::{Command, decode_answer};
 use crate::mend;
 use crate::state_machine::Shared;
 use crate::store::{Patience, Reservation, StoreError};
+use crate::successor::Asked;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use spline_raft::{Group, GroupStatus, NodeId, ProposeError};
+use spline_raft::{Group, GroupStatus, NodeId, ProposeError, RaftError, RaftHost, Role};
 use spline_types::{ChunkCommand, ChunkOp, ChunkserverId, Extent, Fault, Invalid, Unavailable};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Requests that one copyset has in hand; more are refused as overloaded. Two volumes' worth.
@@ -25,12 +26,11 @@ const INFLIGHT_REQUESTS: usize = 2048;
 const READ_TRIES: usize = 3;
 /// Damaged blocks that one read has mended, before it is left to another replica.
 const MENDS: usize = 64;
-/// A leader that finds a damaged block which it can not mend hands leadership on at most this often: if it comes back sooner, the others
-/// could not serve the block either.
-const STEP_ASIDE: Duration = Duration::from_secs(30);
 
 /// What all copysets of a server share.
 pub struct ServerState {
+    /// The raft host, which knows the peers that are connected.
+    pub host: RaftHost,
     /// Bytes in hand, in blocks of 4 KiB; `bounded`.
     pub budget: Semaphore,
     /// Servers that can not take another chunk, as the metadata server last said.
@@ -45,8 +45,9 @@ impl ServerState {
     const UNIT: usize = 4096;
 
     /// Nothing in hand, nobody full.
-    pub fn new() -> Self {
+    pub fn new(host: RaftHost) -> Self {
         Self {
+            host,
             budget: Semaphore::new(Self::BUDGET_BYTES / Self::UNIT),
             full: ArcSwap::default(),
             book: ArcSwap::default(),
@@ -56,12 +57,6 @@ impl ServerState {
     fn admit(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Fault> {
         let units = u32::try_from(bytes.div_ceil(Self::UNIT).max(1)).unwrap_or(u32::MAX);
         self.budget.try_acquire_many(units).map_err(|_| Fault::Unavailable(Unavailable::Overloaded))
-    }
-}
-
-impl Default for ServerState {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -84,14 +79,18 @@ pub struct Copyset {
     inflight: Semaphore,
     /// Held while an epoch is logged, so that the reads of a new session do it once.
     fencing: tokio::sync::Mutex<()>,
-    stepped_aside: Mutex<Option<Instant>>,
+    /// Who was asked to lead because a block is damaged here. Held while leadership is handed on.
+    asked_for_data: tokio::sync::Mutex<Asked>,
+    /// Who was asked to lead because the disk is full here. Held likewise.
+    asked_for_room: tokio::sync::Mutex<Asked>,
 }
 
 impl Copyset {
     /// A replica over its running group.
     pub fn new(shared: Arc<Shared>, group: Group, server: Arc<ServerState>) -> Self {
         let (inflight, fencing) = (Semaphore::new(INFLIGHT_REQUESTS), tokio::sync::Mutex::new(()));
-        Self { shared, group, server, inflight, fencing, stepped_aside: Mutex::default() }
+        let (asked_for_data, asked_for_room) = Default::default();
+        Self { shared, group, server, inflight, fencing, asked_for_data, asked_for_room }
     }
 
     /// The raft group.
@@ -237,29 +236,50 @@ impl Copyset {
         joined.unwrap_or_else(|error| Err(StoreError::Io(std::io::Error::other(error))))
     }
 
-    /// The fault of a failed read. A damaged block is not served from here: another replica is asked to lead, and
-    /// only if leadership was handed on for this reason shortly before is the data given up as damaged.
+    /// The fault of a failed read. A damaged block is not served from here: a replica that was not asked lately is
+    /// asked to lead, and only if there is none left to ask is the data given up as damaged.
     async fn read_failed(&self, command: &ChunkCommand, error: StoreError) -> Fault {
         if !matches!(error, StoreError::Corrupt { .. }) {
             tracing::error!(copyset = %self.shared.copyset, chunk = %command.chunk, %error, "could not read a chunk");
             return Fault::Internal;
         }
-        let first = {
-            let mut last = self.stepped_aside.lock().expect("no panic under the lock");
-            let first = last.is_none_or(|at| at.elapsed() > STEP_ASIDE);
-            *last = if first { Some(Instant::now()) } else { *last };
-            first
-        };
-        let status = self.group.status();
-        let me = status.leader;
-        let next = status.voters.into_iter().find(|voter| Some(*voter) != me);
-        match next {
-            Some(next) if first && self.group.transfer_leadership(next).await.is_ok() => {
-                tracing::warn!(copyset = %self.shared.copyset, to = %next, "leadership handed on, a block is damaged here");
-                Fault::Unavailable(Unavailable::NotLeader)
-            }
-            _ => Fault::Corrupt,
+        let mut asked = self.asked_for_data.lock().await;
+        // Reads that failed together: the first of them has handed leadership on.
+        if self.group.status().role != Role::Leader {
+            return Fault::Unavailable(Unavailable::NotLeader);
         }
+        let Some(next) = asked.next_new(self.successors(), Instant::now()) else { return Fault::Corrupt };
+        let copyset = self.shared.copyset;
+        match self.group.transfer_leadership(next).await {
+            Ok(()) => {
+                tracing::warn!(%copyset, to = %next, "leadership handed on, a block is damaged here");
+            }
+            Err(error) => {
+                tracing::warn!(%copyset, to = %next, %error, "a block is damaged here and leadership stays");
+            }
+        }
+        Fault::Unavailable(Unavailable::NotLeader)
+    }
+
+    /// Hands leadership to a replica that `has_room`, if there is one.
+    ///
+    /// # Errors
+    /// As [`Group::transfer_leadership`].
+    pub async fn hand_on_for_room(&self, has_room: impl Fn(ChunkserverId) -> bool) -> Result<(), RaftError> {
+        let mut asked = self.asked_for_room.lock().await;
+        let successors =
+            self.successors().into_iter().filter(|node| chunkserver_of(*node).is_some_and(&has_room));
+        match asked.next(successors, Instant::now()) {
+            Some(next) => self.group.transfer_leadership(next).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Voters that this leader can reach: one that is dead would leave the copyset without a leader for a while.
+    fn successors(&self) -> Vec<NodeId> {
+        let GroupStatus { mut voters, leader, .. } = self.group.status();
+        voters.retain(|voter| Some(*voter) != leader && self.server.host.is_connected(*voter));
+        voters
     }
 
     async fn log_epoch(&self, command: &ChunkCommand) -> Result<(), Fault> {

@@ -11,7 +11,7 @@ use crate::copysets::Copysets;
 use crate::metrics::Metrics;
 use crate::state_machine::meta::replace_file;
 use bytes::Bytes;
-use spline_raft::{Group, GroupStatus, NodeId, RaftError, Role};
+use spline_raft::{Group, NodeId, RaftError, Role};
 use spline_types::{ChunkserverId, CopysetId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -335,17 +335,15 @@ impl Heartbeat {
 
     /// A leader whose log waits for space would keep its clients waiting with it: one that has room is asked to lead.
     fn step_aside(&self, memory: &Memory) {
-        let full = self.server.full.load();
+        let full = self.server.full.load_full();
         for (id, copyset) in self.copysets.all() {
             if !copyset.shared().starved.load(Ordering::Acquire) {
                 continue;
             }
-            let GroupStatus { role, voters, .. } = copyset.group().status();
-            let has_room = |id: ChunkserverId| id != self.id && !full.contains(&id);
-            let next = voters.into_iter().find(|voter| chunkserver_of(*voter).is_some_and(has_room));
-            if let (Role::Leader, Some(next)) = (role, next) {
-                self.change(memory, id, "step aside, the disk is full", move |group: Group| async move {
-                    group.transfer_leadership(next).await
+            if copyset.group().status().role == Role::Leader {
+                let (me, full) = (self.id, Arc::clone(&full));
+                self.change(memory, id, "step aside, the disk is full", move |_| async move {
+                    copyset.hand_on_for_room(|id| id != me && !full.contains(&id)).await
                 });
             }
         }

@@ -4,8 +4,8 @@
 //! heartbeat. Must never know: guests, exports, volumes' names, openraft, how the metadata server decides.
 //!
 //! Modules in the order in which a request meets them: [`service`] (the wire listener) → [`copysets`] → [`copyset`]
-//! (early refusal, proposals, leased reads, [`mend`]) → [`command`] (as logged) → [`state_machine`] → [`fence`] → [`store`]
-//! (chunk files). Beside the route: [`heartbeat`], [`identity`], [`config`], [`metrics`].
+//! (early refusal, proposals, leased reads, [`mend`], [`successor`]) → [`command`] (as logged) → [`state_machine`] →
+//! [`fence`] → [`store`] (chunk files). Beside the route: [`heartbeat`], [`identity`], [`config`], [`metrics`].
 
 pub mod command;
 pub mod config;
@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod service;
 pub mod state_machine;
 pub mod store;
+pub mod successor;
 
 pub use config::Config;
 
@@ -80,7 +81,7 @@ impl Chunkserver {
         host.set_addresses(book.clone());
         let metrics = Arc::new(Metrics::register(registry));
         let disk = open_disk(&config, &metrics)?;
-        let server = Arc::new(ServerState::new());
+        let server = Arc::new(ServerState::new(host.clone()));
         server.book.store(Arc::new(book));
         let dir = config.data_dir.join("copysets");
         let copysets = Copysets::new(host, disk, Arc::clone(&server), Arc::clone(&metrics), dir);

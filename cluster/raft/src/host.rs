@@ -223,6 +223,11 @@ impl RaftHost {
         self.0.peers.set_addresses(book);
     }
 
+    /// Whether there is a connection to the peer now. A peer that does not answer loses it within seconds.
+    pub fn is_connected(&self, node: NodeId) -> bool {
+        self.0.peers.peer(node).is_up()
+    }
+
     /// Takes a `RaftRequest` frame from the process's wire listener; the reply goes to `replies`. Never waits for a
     /// group.
     #[expect(clippy::unused_async, reason = "the caller must allow for back-pressure here")]
