@@ -44,7 +44,8 @@ pub fn run(wanted: &args::Dev, output: Output) -> anyhow::Result<()> {
     let stop = Stop::install().context("can not take over SIGTERM and SIGINT")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let parts = runtime.block_on(Parts::start(&dir, wanted.copysets))?;
-    let outcome = serve(wanted, output, &dir, &runtime, began, &stop);
+    let until = || runtime.block_on(until_stopped(stop, &parts));
+    let outcome = serve(wanted, output, &dir, &runtime, began, until);
     runtime.block_on(parts.shutdown());
     outcome
 }
@@ -56,7 +57,7 @@ fn serve(
     dir: &DevDir,
     runtime: &tokio::runtime::Runtime,
     began: Instant,
-    stop: &Stop,
+    until: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (name, size) = if wanted.check { CHECK_VOLUME } else { FIRST_VOLUME };
     runtime.block_on(ready_volume(dir, name, size))?;
@@ -74,12 +75,32 @@ fn serve(
         true => check::run(dir, &spec, output),
         false => {
             output.print(&instructions::facts(dir, &spec, began.elapsed()), instructions::human)?;
-            stop.wait();
-            Ok(())
+            until()
         }
     };
     exports.stop();
     outcome
+}
+
+/// Waits for Ctrl-C.
+///
+/// # Errors
+/// If a part can not go on.
+async fn until_stopped(stop: Stop, parts: &Parts) -> anyhow::Result<()> {
+    let (tell, stopped) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        stop.wait();
+        // Nobody listens any more if a part has failed.
+        let _ = tell.send(());
+    })?;
+    tokio::select! {
+        // Ends with an error only if the thread that waits for signals has died.
+        _ = stopped => Ok(()),
+        why = parts.failed() => {
+            tracing::error!(why, "a part can not go on");
+            anyhow::bail!("a part of the cluster can not go on: {why}")
+        }
+    }
 }
 
 /// Waits until the cluster can serve and `name` is there; creates it if need be.

@@ -12,7 +12,9 @@ use spline_chunkserver::Chunkserver;
 use spline_gateway::Gateway;
 use spline_mds::Mds;
 use spline_process::metrics::{self, Endpoint};
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 /// How often the cluster is asked whether it is ready.
@@ -58,6 +60,24 @@ impl Parts {
             Gateway::start(config(settings)?, &mut registry).await.context("can not start the gateway")?;
         pages.serve(registry)?;
         Ok(Self { mds, chunkservers, gateway, _metrics: pages.endpoints })
+    }
+
+    /// Waits until a part can not go on, and says which and why.
+    pub async fn failed(&self) -> String {
+        let mut waits: Vec<_> = self
+            .chunkservers
+            .iter()
+            .map(|chunkserver| {
+                Box::pin(async move {
+                    format!("chunkserver={}: {}", chunkserver.id(), chunkserver.failed().await)
+                })
+            })
+            .collect();
+        poll_fn(|context| {
+            let mut polls = waits.iter_mut().map(|wait| wait.as_mut().poll(context));
+            polls.find(Poll::is_ready).unwrap_or(Poll::Pending)
+        })
+        .await
     }
 
     /// Stops all parts, from the guest's side down.

@@ -121,6 +121,13 @@ impl Chunkserver {
         self.id
     }
 
+    /// Waits until this chunkserver can not go on, and says why: its log has failed, so that its replicas have stopped
+    /// for good. The process should end; a new start recovers what the log holds.
+    pub async fn failed(&self) -> String {
+        let why = self.copysets.host().failed().await;
+        format!("write-ahead log failed: {why}")
+    }
+
     /// Stops serving, steps down and syncs the log.
     pub async fn shutdown(self) {
         self.stop.cancel();

@@ -5,6 +5,7 @@ use prometheus_client::registry::Registry;
 use spline_chunkserver::{Chunkserver, Config};
 use spline_process::{CommonFlags, metrics, signals};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Chunkserver of a Spline cluster: one per disk
 #[derive(Parser)]
@@ -36,6 +37,9 @@ struct Flags {
 }
 
 const EXAMPLE: &str = "Example:\n  spline-chunkserver --data-dir /data/disk0 --listen 10.0.0.1:6800 --zone rack1 --mds 10.0.0.1:6700";
+
+/// How long a shutdown may take after the log has failed: the disk may hang.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 impl Flags {
     fn apply_to(&self, config: &mut Config) {
@@ -86,9 +90,24 @@ fn main() -> anyhow::Result<()> {
     };
     let _metrics = metrics_listen.map(|listen| metrics::serve(listen, registry)).transpose()?;
     let _announced = flags.common.announce(&format!("chunks on {}", chunkserver.wire_address()))?;
-    // Ends with an error only if the thread that waits for signals has died.
-    let _ = runtime.block_on(stopped);
-    tracing::info!("stopping");
-    runtime.block_on(chunkserver.shutdown());
-    Ok(())
+    let failed = runtime.block_on(async {
+        tokio::select! {
+            // Ends with an error only if the thread that waits for signals has died.
+            _ = stopped => None,
+            why = chunkserver.failed() => Some(why),
+        }
+    });
+    let Some(why) = failed else {
+        tracing::info!("stopping");
+        runtime.block_on(chunkserver.shutdown());
+        return Ok(());
+    };
+    tracing::error!(why, "chunkserver can not go on and ends: check the disk, then start it again");
+    // What hangs on the disk must not keep the process.
+    let shutdown = runtime.spawn(chunkserver.shutdown());
+    if runtime.block_on(async { tokio::time::timeout(END_LIMIT, shutdown).await }).is_err() {
+        tracing::warn!("ending although the disk does not let go");
+    }
+    runtime.shutdown_background();
+    anyhow::bail!(why)
 }

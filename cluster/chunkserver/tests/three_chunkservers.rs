@@ -1,7 +1,9 @@
-//! Three chunkservers, real log and wire, under a metadata server that knows one copyset: IO, fencing, a lost server.
+//! Chunkservers, real log and wire, under a metadata server that knows one copyset: IO, fencing, a lost server, and one
+//! whose log fails.
 
 use bytes::Bytes;
 use prometheus_client::registry::Registry;
+use rustix::process::{Pid, Resource, Rlimit};
 use spline_chunkserver::{Chunkserver, Config};
 use spline_rpc::mds as pb;
 use spline_rpc::mds::cluster_server::{Cluster, ClusterServer};
@@ -12,7 +14,9 @@ use spline_types::{
 use spline_wire::chunk::{Reply, decode_extents, encode_request};
 use spline_wire::{Caller, Kind};
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::net::SocketAddr;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tonic::transport::server::TcpIncoming;
@@ -31,9 +35,27 @@ struct State {
     reclaimed: bool,
 }
 
-/// A metadata server with one copyset on the first three chunkservers.
-#[derive(Clone, Default)]
-struct Mds(Arc<Mutex<State>>);
+/// A metadata server with one copyset on the chunkservers 1 to `members`.
+#[derive(Clone)]
+struct Mds {
+    state: Arc<Mutex<State>>,
+    members: u32,
+}
+
+impl Mds {
+    fn new(members: u32) -> Self {
+        Self { state: Arc::default(), members }
+    }
+
+    /// Serves at `address`; returns where, and the task to abort.
+    async fn serve(&self, address: &str) -> (SocketAddr, tokio::task::JoinHandle<()>) {
+        let listener = tokio::net::TcpListener::bind(address).await.expect("binds");
+        let at = listener.local_addr().expect("bound");
+        let server = tonic::transport::Server::builder().add_service(ClusterServer::new(self.clone()));
+        let serving = server.serve_with_incoming(TcpIncoming::from(listener));
+        (at, tokio::spawn(async move { serving.await.expect("serves") }))
+    }
+}
 
 #[tonic::async_trait]
 impl Cluster for Mds {
@@ -42,7 +64,7 @@ impl Cluster for Mds {
         request: Request<pb::RegisterRequest>,
     ) -> Result<Response<pb::RegisterReply>, Status> {
         let request = request.into_inner();
-        let mut state = self.0.lock().expect("test");
+        let mut state = self.state.lock().expect("test");
         let next = state.ids.len() as u32 + 1;
         let id = *state.ids.entry(request.store_uuid).or_insert(next);
         state.addresses.insert(id, request.address);
@@ -54,7 +76,7 @@ impl Cluster for Mds {
         request: Request<pb::HeartbeatRequest>,
     ) -> Result<Response<pb::HeartbeatReply>, Status> {
         let request = request.into_inner();
-        let mut state = self.0.lock().expect("test");
+        let mut state = self.state.lock().expect("test");
         let leads = request.copysets.iter().any(|copyset| copyset.leader);
         state.led |= leads;
         state.reclaimed |= request.copysets.iter().any(|copyset| !copyset.reclaimed_volumes.is_empty());
@@ -63,9 +85,12 @@ impl Cluster for Mds {
         let book = state.addresses.iter();
         reply.chunkservers =
             book.map(|(id, address)| pb::ChunkserverAddress { id: *id, address: address.clone() }).collect();
-        if state.ids.len() == 3 {
-            let assignment =
-                pb::CopysetAssignment { id: COPYSET, members: vec![1, 2, 3], bootstrap: !state.led };
+        if state.ids.len() == self.members as usize {
+            let assignment = pb::CopysetAssignment {
+                id: COPYSET,
+                members: (1..=self.members).collect(),
+                bootstrap: !state.led,
+            };
             reply.assignments.push(assignment);
         }
         if let (true, Some(volume_id)) = (leads, state.reclaim) {
@@ -141,15 +166,8 @@ async fn start(dir: &std::path::Path, mds: SocketAddr, listen: &str) -> Chunkser
 
 #[tokio::test(flavor = "multi_thread")]
 async fn io_fencing_restart_and_a_lost_server() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("binds");
-    let at = listener.local_addr().expect("bound");
-    let mds = Mds::default();
-    let service = ClusterServer::new(mds.clone());
-    let serving = tokio::spawn(
-        tonic::transport::Server::builder()
-            .add_service(service)
-            .serve_with_incoming(TcpIncoming::from(listener)),
-    );
+    let mds = Mds::new(3);
+    let (at, serving) = mds.serve("127.0.0.1:0").await;
     let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().expect("tempdir")).collect();
     let mut servers = Vec::new();
     for dir in &dirs {
@@ -194,16 +212,10 @@ async fn io_fencing_restart_and_a_lost_server() {
     assert!(much.iter().all(|byte| *byte == 7));
 
     // A deleted volume is removed by the copyset's leader and reported.
-    mds.0.lock().expect("test").reclaim = Some(5);
-    let listener = tokio::net::TcpListener::bind(at).await.expect("binds again");
-    let service = ClusterServer::new(mds.clone());
-    tokio::spawn(
-        tonic::transport::Server::builder()
-            .add_service(service)
-            .serve_with_incoming(TcpIncoming::from(listener)),
-    );
+    mds.state.lock().expect("test").reclaim = Some(5);
+    mds.serve(&at.to_string()).await;
     let end = Instant::now() + PATIENCE;
-    while !mds.0.lock().expect("test").reclaimed {
+    while !mds.state.lock().expect("test").reclaimed {
         assert!(Instant::now() < end, "the volume was never reclaimed");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -211,4 +223,53 @@ async fn io_fencing_restart_and_a_lost_server() {
     for server in servers {
         server.shutdown().await;
     }
+}
+
+/// A process that may not write its log any more ends, and says why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_fails_ends_the_process() {
+    let mds = Mds::new(1);
+    let (at, _serving) = mds.serve("127.0.0.1:0").await;
+    let dir = tempfile::tempdir().expect("tempdir");
+    // Beyond the limit of a file's size a write is refused, and else the signal would end the process.
+    let mut process = std::process::Command::new("env")
+        .args(["--ignore-signal=XFSZ", env!("CARGO_BIN_EXE_spline-chunkserver"), "--listen", "127.0.0.1:0"])
+        .args(["--mds", &at.to_string(), "--data-dir"])
+        .arg(dir.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut stderr = process.stderr.take().expect("piped");
+    let logs = std::thread::spawn(move || {
+        let mut logs = String::new();
+        stderr.read_to_string(&mut logs).map(|_| logs)
+    });
+    let end = Instant::now() + PATIENCE;
+    let address = loop {
+        assert!(Instant::now() < end, "it never registered");
+        let address = mds.state.lock().expect("test").addresses.get(&1).cloned();
+        match address.and_then(|address| address.parse::<SocketAddr>().ok()) {
+            Some(address) => break address,
+            None => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
+    let mut client = Client::new(&[address]);
+    client.ask(ChunkOp::Write, 1, 0, 4096, &[1; 4096]).await.expect("writes");
+    assert!(process.try_wait().expect("asks").is_none());
+
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::prlimit(Some(Pid::from_child(&process)), Resource::Fsize, none).expect("limits");
+    let writing = tokio::spawn(async move { client.ask(ChunkOp::Write, 1, 0, 4096, &[2; 4096]).await });
+    let status = loop {
+        assert!(Instant::now() < end, "it runs on");
+        match process.try_wait().expect("asks") {
+            Some(status) => break status,
+            None => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
+    writing.abort();
+    let logs = logs.join().expect("reads").expect("text");
+    assert_eq!(status.code(), Some(1), "{logs}");
+    assert!(logs.contains("Error: write-ahead log failed") && logs.contains("File too large"), "{logs}");
 }

@@ -247,6 +247,11 @@ impl RaftHost {
         }
     }
 
+    /// Waits until the WAL has failed, and says why. Its groups have stopped then, for good: the process must end.
+    pub async fn failed(&self) -> String {
+        self.0.wal.failed().await
+    }
+
     /// Stops all groups, writes out and closes the WAL.
     pub async fn shutdown(&self) {
         let host = &self.0;

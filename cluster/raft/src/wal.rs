@@ -194,6 +194,13 @@ impl Wal {
         self.open.shared.poisoned.load(Ordering::Acquire)
     }
 
+    /// Waits until the log is [poisoned](Wal::poisoned), and says why.
+    pub async fn failed(&self) -> String {
+        let mut failed = self.open.shared.failed.subscribe();
+        let cause = failed.wait_for(Option::is_some).await;
+        cause.ok().and_then(|cause| cause.clone()).unwrap_or_default()
+    }
+
     /// Writes everything queued, then stops the threads. Idempotent; later appends fail.
     pub fn close(&self) {
         self.open.close();

@@ -228,6 +228,7 @@ impl Committer {
         self.shared.note_spare(&state);
         let queued = state.queue.drain();
         drop(state);
+        self.shared.failed.send_replace(Some(cause.clone()));
         for op in ops.into_iter().chain(queued) {
             op.done.tell(Err(state::failed(&cause)));
         }

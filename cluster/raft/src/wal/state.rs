@@ -31,6 +31,8 @@ pub(super) struct Shared {
     pub(super) chores: Condvar,
     pub(super) spare: AtomicBool,
     pub(super) poisoned: AtomicBool,
+    /// Why it was poisoned, for those who wait for it.
+    pub(super) failed: tokio::sync::watch::Sender<Option<String>>,
 }
 
 impl Shared {
@@ -43,6 +45,7 @@ impl Shared {
             chores: Condvar::new(),
             spare: AtomicBool::new(true),
             poisoned: AtomicBool::new(false),
+            failed: tokio::sync::watch::Sender::new(None),
         }
     }
 

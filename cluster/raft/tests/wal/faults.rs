@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use prometheus_client::registry::Registry;
 use spline_raft::wal::disk::{Directory, WriteMode};
 use spline_raft::wal::{Wal, WalConfig, WalDone, WalError};
@@ -32,9 +33,12 @@ fn a_failed_write_poisons_for_good() {
     let (wal, _) = open(&disk, config()).unwrap();
     append(&wal, 1, 0, 100).blocking_recv().unwrap().unwrap();
     disk.settle();
+    assert!(wal.failed().now_or_never().is_none());
     disk.fail_next_write();
     append(&wal, 1, 1, 100).blocking_recv().unwrap().unwrap_err();
     assert!(wal.poisoned() && !wal.spare());
+    let cause = wal.failed().now_or_never().expect("known before anybody is told");
+    assert!(cause.contains("medium error"), "{cause}");
     let error = append(&wal, 1, 2, 100).blocking_recv().unwrap().unwrap_err();
     assert!(error.to_string().contains("medium error"), "{error}");
     let (done, receiver) = WalDone::oneshot();
