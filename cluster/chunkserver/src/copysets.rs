@@ -5,9 +5,10 @@
 use crate::copyset::{Copyset, ServerState};
 use crate::metrics::Metrics;
 use crate::state_machine::meta::{FILE_NAME, Meta};
-use crate::state_machine::{CopysetMachine, Shared};
+use crate::state_machine::snapshot::INCOMING;
+use crate::state_machine::{CHUNKS, CopysetMachine, Shared, adoption};
+use crate::store::Disk;
 use crate::store::chunk_store::list;
-use crate::store::{ChunkStore, Disk};
 use anyhow::Context;
 use spline_raft::{GroupId, RaftHost};
 use spline_types::CopysetId;
@@ -16,9 +17,6 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLock};
-
-const CHUNKS: &str = "chunks";
-const INCOMING: &str = crate::state_machine::snapshot::INCOMING;
 
 /// All replicas of this server.
 pub struct Copysets {
@@ -123,8 +121,7 @@ impl Copysets {
             self.clear_leftovers(id)?;
             anyhow::bail!("replica was being removed, the rest of it is gone now: copyset={id}");
         }
-        let meta = Meta::load(&dir, id)?;
-        let store = ChunkStore::open(Arc::clone(&self.disk), id, &dir.join(CHUNKS), &meta.chunks)?;
+        let (store, meta) = adoption::open(Arc::clone(&self.disk), id, &dir)?;
         let shared = Arc::new(Shared::new(id, dir, store, meta, Arc::clone(&self.metrics)));
         let group =
             self.host.start_group(GroupId(id.get()), CopysetMachine::new(Arc::clone(&shared))).await?;

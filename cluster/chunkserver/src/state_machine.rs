@@ -5,6 +5,7 @@
 //! one, makes apply wait, never answer differently), `log_before_chunk` (bytes reach a chunk file only here, and where a
 //! damaged block is mended to what was applied before).
 
+pub mod adoption;
 pub mod meta;
 pub mod relied;
 pub mod snapshot;
@@ -13,6 +14,7 @@ use crate::command::{Command, encode_answer};
 use crate::fence::FenceTable;
 use crate::metrics::Metrics;
 use crate::store::{ChunkStore, Merge, Patience, StoreError, Unsynced};
+use adoption::Adoption;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use meta::Meta;
@@ -33,6 +35,9 @@ use tokio_util::sync::CancellationToken;
 const INLINE_BYTES: usize = 128 << 10;
 /// How often a command that finds the disk full is tried again.
 const FULL_RETRY: Duration = Duration::from_millis(500);
+
+/// Where a copyset's living chunks lie, in its directory.
+pub const CHUNKS: &str = "chunks";
 
 /// What the state machine shares with its copyset.
 pub struct Shared {
@@ -84,6 +89,21 @@ impl Shared {
 
     fn set_durable(&self, meta: Meta) {
         *self.durable.lock().expect("no panic under the lock") = meta;
+    }
+
+    /// Makes a checkpoint durable. Blocks.
+    fn record(&self, meta: &Meta) -> io::Result<()> {
+        meta.save(&self.dir, self.copyset)?;
+        self.set_durable(meta.clone());
+        Ok(())
+    }
+
+    /// Puts a snapshot in place of the chunks and the checkpoint; may be tried again. Blocks.
+    fn adopt(&self, adoption: &Adoption) -> io::Result<()> {
+        adoption.save(&self.dir, self.copyset)?;
+        adoption.carry_out(self.copyset, &self.dir, &self.store)?;
+        self.set_durable(adoption.meta.clone());
+        Ok(())
     }
 
     /// One try of a command that passed the fence.
@@ -256,16 +276,9 @@ impl StateMachine for CopysetMachine {
             )));
         }
         let shared = Arc::clone(&self.shared);
-        let meta = blocking(move || {
-            staged.adopt(&shared)?;
-            let unsynced = shared.store.unsynced();
-            unsynced.sync()?;
-            let Checkpoint { position, membership } = checkpoint;
-            Ok(Meta { position, membership, fence: staged.fence, chunks: unsynced.present })
-        })
-        .await?;
-        let fence = meta.fence.clone();
-        save_when_there_is_room(Arc::clone(&self.shared), meta).await?;
+        let adoption = blocking(move || staged.prepare(&shared, checkpoint)).await?;
+        let fence = adoption.meta.fence.clone();
+        when_there_is_room(&self.shared, move |shared| shared.adopt(&adoption)).await?;
         *self.shared.fence.write().expect("no panic under the lock") = fence;
         Ok(())
     }
@@ -287,32 +300,33 @@ impl CheckpointJob for Job {
             let unsynced = blocking(move || unsynced.sync().map(|()| unsynced)).await?;
             let Checkpoint { position, membership } = checkpoint;
             let meta = Meta { position, membership, fence, chunks: unsynced.present };
-            save_when_there_is_room(shared, meta).await?;
+            when_there_is_room(&shared, move |shared| shared.record(&meta)).await?;
             metrics.checkpoint_seconds.observe(start.elapsed().as_secs_f64());
             Ok(())
         })
     }
 }
 
-/// Makes a checkpoint durable, and waits while the disk is full: the old one stays in force, and the log is kept.
-async fn save_when_there_is_room(shared: Arc<Shared>, meta: Meta) -> io::Result<()> {
-    let meta = Arc::new(meta);
+/// Makes a checkpoint durable by `work`, and waits while the disk is full: the old one stays in force, and the log is
+/// kept.
+async fn when_there_is_room(
+    shared: &Arc<Shared>,
+    work: impl Fn(&Shared) -> io::Result<()> + Send + Sync + 'static,
+) -> io::Result<()> {
+    let work = Arc::new(work);
     let mut told = false;
     loop {
-        let (to, what) = (Arc::clone(&shared), Arc::clone(&meta));
-        match blocking(move || what.save(&to.dir, to.copyset)).await {
-            Ok(()) => break,
+        let (to, work) = (Arc::clone(shared), Arc::clone(&work));
+        match blocking(move || work(&to)).await {
             Err(error) if is_full(&error) => {
                 if !std::mem::replace(&mut told, true) {
                     tracing::error!(copyset = %shared.copyset, %error, "disk is full, checkpoint waits for space");
                 }
             }
-            Err(error) => return Err(error),
+            done => return done,
         }
-        wait_for_space(&shared).await?;
+        wait_for_space(shared).await?;
     }
-    shared.set_durable(Arc::unwrap_or_clone(meta));
-    Ok(())
 }
 
 fn is_full(error: &io::Error) -> bool {

@@ -55,10 +55,7 @@ impl Meta {
         out.put_slice(&self.membership);
         put_fence(&mut out, &self.fence);
         put_count(&mut out, self.chunks.len());
-        for id in &self.chunks {
-            out.put_u64_le(id.volume.get());
-            out.put_u32_le(id.index.get());
-        }
+        self.chunks.iter().for_each(|id| put_chunk(&mut out, *id));
         let crc = crc32c(&out);
         out.put_u32_le(crc);
         out
@@ -187,6 +184,12 @@ pub fn take_count(body: &mut &[u8], bytes: usize) -> Result<usize, String> {
         return Err(format!("more entries than bytes: count={count} bytes={}", body.len()));
     }
     Ok(count)
+}
+
+/// Appends a chunk id.
+pub fn put_chunk(out: &mut Vec<u8>, id: ChunkId) {
+    out.put_u64_le(id.volume.get());
+    out.put_u32_le(id.index.get());
 }
 
 /// Reads a chunk id.

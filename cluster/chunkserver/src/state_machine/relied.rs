@@ -11,6 +11,7 @@ use crate::store::chunk_store::file_name;
 use crate::store::{Chunk, Patience, StoreError};
 use spline_types::{ChunkId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::Arc;
 
 /// What the transfer under way relies on. Whoever changes a chunk, or looks whether one is equal, holds its lock.
@@ -25,7 +26,7 @@ pub struct Relied {
 }
 
 /// What a transfer relied on in the end.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Found {
     /// Chunks in their place, with the digest that they must have.
     pub in_place: Vec<(ChunkId, u64)>,
@@ -61,27 +62,33 @@ impl Reliance {
     /// Whether the chunk here has this content; from now on it is relied on then. Blocks.
     ///
     /// # Errors
-    /// If the chunk can not be opened.
+    /// If the chunk can not be opened, or another transfer has begun.
     pub fn rely_on(&self, id: ChunkId, digest: u64) -> Result<bool, StoreError> {
         let mut relied = self.shared.relied();
         let living = self.shared.store.get(id, Patience::Blocking)?;
         let equal = living.is_some_and(|chunk| chunk.summary(PIECE_BLOCKS).1 == digest);
-        if equal && relied.transfer == self.transfer {
+        if relied.transfer != self.transfer {
+            return Err(StoreError::Io(superseded()));
+        }
+        if equal {
             relied.chunks.insert(id, digest);
         }
         Ok(equal)
     }
 
     /// What was relied on, and is no more.
-    pub fn end(&self) -> Found {
+    ///
+    /// # Errors
+    /// If another transfer has begun: nothing has guarded the chunks since.
+    pub fn end(&self) -> io::Result<Found> {
         let mut relied = self.shared.relied();
         if relied.transfer != self.transfer {
-            return Found::default();
+            return Err(superseded());
         }
-        Found {
+        Ok(Found {
             in_place: std::mem::take(&mut relied.chunks).into_iter().collect(),
             kept: std::mem::take(&mut relied.kept),
-        }
+        })
     }
 }
 
@@ -126,6 +133,10 @@ impl Relied {
         self.chunks.remove(&id);
         Ok(())
     }
+}
+
+fn superseded() -> io::Error {
+    io::Error::other("the snapshot does not hold any more, another transfer has begun")
 }
 
 /// Copies every block, durably.

@@ -13,7 +13,8 @@
 //! Item n is piece n % 32 of chunk n / 32 of the manifest: block count u32 | (block u32, checksum u32)* | bytes of the
 //! blocks. Blocks that are not allocated are not sent.
 
-use super::meta::{put_count, put_fence, take_chunk, take_count, take_fence};
+use super::adoption::{Adoption, sync_names};
+use super::meta::{Meta, put_chunk, put_count, put_fence, take_chunk, take_count, take_fence};
 use super::relied::Reliance;
 use super::{Shared, blocking};
 use crate::fence::FenceTable;
@@ -77,8 +78,7 @@ impl Manifest {
         put_fence(&mut out, &self.fence);
         put_count(&mut out, self.chunks.len());
         for entry in &self.chunks {
-            out.put_u64_le(entry.id.volume.get());
-            out.put_u32_le(entry.id.index.get());
+            put_chunk(&mut out, entry.id);
             out.put_u64_le(entry.generation);
             out.put_u64_le(entry.digest);
             out.put_u32_le(entry.pieces);
@@ -209,34 +209,42 @@ pub struct Staged {
     pub fence: FenceTable,
     /// The chunks that the replica had already.
     relies: Reliance,
-    /// Chunks that lie in `incoming/`.
-    incoming: Vec<ChunkId>,
+    /// Every chunk that it has.
+    chunks: BTreeSet<ChunkId>,
+    /// Those of them that lie in `incoming/` because they were sent.
+    incoming: BTreeSet<ChunkId>,
 }
 
 impl Staged {
-    /// Puts it in place of the copyset's chunks. Blocks.
+    /// Makes sure that all of it is here and durable; returns what is to be done to put it in place of the copyset's
+    /// chunks. Moves nothing. Blocks.
     ///
     /// # Errors
-    /// If the disk fails.
-    pub fn adopt(&self, shared: &Shared) -> io::Result<()> {
-        let found = self.relies.end();
-        for (id, digest) in &found.in_place {
-            let chunk = shared.store.get(*id, Patience::Blocking).map_err(to_io)?;
-            if chunk.is_none_or(|chunk| chunk.summary(PIECE_BLOCKS).1 != *digest) {
-                return Err(io::Error::other(format!(
-                    "chunk changed although a snapshot relies on it: chunk={id}"
-                )));
-            }
+    /// If a chunk is missing or not what it must be, if another transfer has begun since, or if the disk fails.
+    pub fn prepare(&self, shared: &Shared, checkpoint: Checkpoint) -> io::Result<Adoption> {
+        let found = self.relies.end()?;
+        let incoming: BTreeSet<_> = self.incoming.iter().copied().chain(found.kept).collect();
+        let mut chunks = incoming.clone();
+        for (id, digest) in found.in_place {
+            let chunk = shared.store.get(id, Patience::Blocking).map_err(to_io)?;
+            let equal = chunk.filter(|chunk| chunk.summary(PIECE_BLOCKS).1 == digest);
+            let chunk = equal.ok_or_else(|| {
+                io::Error::other(format!("chunk changed although a snapshot relies on it: chunk={id}"))
+            })?;
+            // A checkpoint under way may have taken it off the list of dirty ones and not have synced it yet.
+            chunk.persist()?;
+            chunk.sync()?;
+            chunks.insert(id);
         }
-        let keep: BTreeSet<_> = found.in_place.iter().map(|(id, _)| *id).collect();
-        for id in shared.store.present().into_iter().filter(|id| !keep.contains(id)) {
-            shared.store.remove(id)?;
+        if chunks != self.chunks {
+            let (found, expected) = (chunks.len(), self.chunks.len());
+            let text = format!("snapshot is not complete: chunks={found} expected={expected}");
+            return Err(io::Error::other(text));
         }
-        let incoming = shared.dir.join(INCOMING);
-        self.incoming
-            .iter()
-            .chain(&found.kept)
-            .try_for_each(|id| shared.store.adopt(*id, &incoming.join(file_name(*id))))
+        sync_names(&shared.dir)?;
+        let Checkpoint { position, membership } = checkpoint;
+        let (fence, chunks) = (self.fence.clone(), chunks.into_iter().collect());
+        Ok(Adoption { meta: Meta { position, membership, fence, chunks }, incoming })
     }
 }
 
@@ -287,10 +295,11 @@ impl SnapshotSink for Sink {
                 return Err(invalid(format!("snapshot ended before all of it was received: chunk={id}")));
             }
             File::open(self.shared.dir.join(INCOMING))?.sync_all()?;
-            let Gathering { manifest, relies, complete, .. } = gathering;
+            let Gathering { manifest, relies, complete: incoming, .. } = gathering;
             let relies = relies.ok_or_else(|| invalid("snapshot ended before it began".to_owned()))?;
-            let incoming = complete.into_iter().collect();
-            let staged = Staged { position: manifest.position, fence: manifest.fence, relies, incoming };
+            let Manifest { position, fence, chunks } = manifest;
+            let chunks = chunks.into_iter().map(|entry| entry.id).collect();
+            let staged = Staged { position, fence, relies, chunks, incoming };
             *self.staged.lock().expect("no panic under the lock") = Some(staged);
             Ok(())
         }))

@@ -18,9 +18,11 @@ struct Replica {
 impl Replica {
     /// Opens what is in `dir`, as a start does.
     fn open(dir: &Path, pool: &Arc<Pool>) -> Self {
-        let meta = Meta::load(dir, COPYSET).unwrap_or_default();
+        if !dir.join(meta::FILE_NAME).exists() {
+            Meta::default().save(dir, COPYSET).expect("is created");
+        }
         let disk = Disk::new(Arc::clone(pool), 16, Counter::default());
-        let store = ChunkStore::open(disk, COPYSET, &dir.join("chunks"), &meta.chunks).expect("opens");
+        let (store, meta) = adoption::open(disk, COPYSET, dir).expect("opens");
         let metrics = Arc::new(Metrics::register(&mut Registry::default()));
         let shared = Arc::new(Shared::new(COPYSET, dir.to_owned(), store, meta, metrics));
         Self { machine: CopysetMachine::new(Arc::clone(&shared)), shared }
@@ -185,6 +187,98 @@ async fn old_entries_that_are_applied_while_a_copy_arrives_do_not_spoil_it() {
         0,
         "nothing is left over"
     );
+}
+
+/// Two replicas in `dirs`, equal up to entry 2 in chunk 1 of volume 1 and different elsewhere; the first has a
+/// checkpoint at entry 6.
+async fn unequal(dirs: [&Path; 2]) -> [Replica; 2] {
+    let [mut from, mut to] = dirs.map(|dir| Replica::open(dir, &pool(dir)));
+    for replica in [&mut from, &mut to] {
+        assert_eq!(replica.apply(1, write(chunk(1, 0), 2, 1, 1, 5), b"older").await, Ok(()));
+        assert_eq!(replica.apply(2, write(chunk(1, 1), 2, 2, 1, 5), b"equal").await, Ok(()));
+    }
+    assert_eq!(from.apply(5, write(chunk(1, 0), 2, 5, 1, 5), b"newer").await, Ok(()));
+    assert_eq!(from.apply(6, write(chunk(1, 2), 2, 6, 6, 5), b"added").await, Ok(()));
+    from.checkpoint(6).await;
+    assert_eq!(to.apply(3, write(chunk(7, 7), 1, 1, 1, 4), b"gone").await, Ok(()));
+    [from, to]
+}
+
+fn equals(from: &Replica, to: &Replica) {
+    assert_eq!(to.machine.checkpoint(), from.machine.checkpoint());
+    assert_eq!(to.shared.store.present(), from.shared.store.present());
+    for id in from.shared.store.present() {
+        assert_eq!(to.read(id, 6), from.read(id, 6), "{id}");
+    }
+    assert_eq!(*to.shared.fence.read().unwrap(), *from.shared.fence.read().unwrap());
+}
+
+fn files(dir: &Path) -> usize {
+    std::fs::read_dir(dir).expect("lists").count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_another_transfer_replaced_is_not_installed() {
+    let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
+    let [from, mut to] = unequal([dirs[0].path(), dirs[1].path()]).await;
+    to.checkpoint(3).await;
+    assert_eq!(copy(&from, &mut to, 9).await, 2);
+    let (before, present) = (to.machine.checkpoint(), to.shared.store.present());
+    let (_, source) = from.machine.snapshot_source().expect("source");
+    let mut next = to.machine.snapshot_sink().expect("sink");
+    next.begin(source.manifest()).await.expect("begins");
+    to.machine.installed(from.machine.checkpoint()).await.expect_err("it guards its chunks no more");
+    drop(next);
+    for _ in 0..2 {
+        assert_eq!(to.shared.store.present(), present);
+        assert_eq!(to.machine.checkpoint(), before);
+        assert_eq!(to.read(chunk(1, 1), 5), b"equal");
+        drop(to);
+        to = Replica::open(dirs[1].path(), &pool(dirs[1].path()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adoption_that_a_crash_interrupted_goes_on_at_the_start() {
+    for taken in 0.. {
+        let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
+        let dir = dirs[1].path();
+        let [from, mut to] = unequal([dirs[0].path(), dir]).await;
+        assert_eq!(copy(&from, &mut to, 9).await, 2);
+        let staged = to.machine.staged.lock().unwrap().take().expect("was received");
+        let adoption = staged.prepare(&to.shared, from.machine.checkpoint()).expect("is complete");
+        adoption.save(dir, COPYSET).expect("saves");
+        let steps = adoption.steps(dir, &to.shared.store).expect("nothing is missing");
+        assert_eq!(steps.len(), 7, "two go, two come, three end it: {steps:?}");
+        for step in steps.iter().take(taken) {
+            adoption.take(*step, COPYSET, dir, &to.shared.store).expect("succeeds");
+        }
+        drop((staged, to));
+        for _ in 0..2 {
+            let to = Replica::open(dir, &pool(dir));
+            equals(&from, &to);
+            assert!(!dir.join(adoption::FILE_NAME).exists(), "taken={taken}");
+            assert_eq!(files(&dir.join("incoming")), 0, "taken={taken}");
+        }
+        if taken == steps.len() {
+            break;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adoption_without_one_of_its_chunks_is_refused_whole() {
+    let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
+    let dir = dirs[1].path();
+    let [from, mut to] = unequal([dirs[0].path(), dir]).await;
+    assert_eq!(copy(&from, &mut to, 9).await, 2);
+    let staged = to.machine.staged.lock().unwrap().take().expect("was received");
+    let adoption = staged.prepare(&to.shared, from.machine.checkpoint()).expect("is complete");
+    let lost = crate::store::chunk_store::file_name(chunk(1, 2));
+    std::fs::remove_file(dir.join("incoming").join(lost)).expect("is there");
+    let present = to.shared.store.present();
+    adoption.carry_out(COPYSET, dir, &to.shared.store).expect_err("a chunk is nowhere");
+    assert_eq!(to.shared.store.present(), present);
 }
 
 #[tokio::test(flavor = "multi_thread")]
