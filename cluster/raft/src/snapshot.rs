@@ -12,6 +12,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::error::NetworkError;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::codec::message::{Reply, Request};
 use crate::command::GroupId;
@@ -29,16 +30,19 @@ const ITEM_LIMIT: Duration = Duration::from_secs(30);
 /// Longest wait for the end: the receiver syncs everything.
 const FINISH_LIMIT: Duration = Duration::from_secs(120);
 
+const REPLACED: &str = "this snapshot transfer was replaced by another";
+const INSTALLING: &str = "another snapshot is being installed, try again";
+
 /// A budget of bytes per second shared by all transfers of a host.
 pub(crate) struct Throttle {
     bytes_per_second: u64,
-    free_at: tokio::sync::Mutex<Instant>,
+    free_at: Mutex<Instant>,
 }
 
 impl Throttle {
     /// 0 is no limit.
     pub(crate) fn new(bytes_per_second: u64) -> Throttle {
-        Throttle { bytes_per_second, free_at: tokio::sync::Mutex::new(Instant::now()) }
+        Throttle { bytes_per_second, free_at: Mutex::new(Instant::now()) }
     }
 
     async fn take(&self, bytes: usize) {
@@ -115,9 +119,14 @@ fn session_number(group: GroupId) -> u64 {
     (clock << 12) ^ (u64::from(group.0) << 1) ^ NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The transfer a replica is receiving, if any. A new one replaces it.
+/// The transfer a replica is receiving, if any. A new one replaces it, but not while it is being installed: what was
+/// received lies where the new one would write.
 #[derive(Default)]
-pub(crate) struct Inbound(tokio::sync::Mutex<Option<Transfer>>);
+pub(crate) struct Inbound {
+    slot: Mutex<Option<Transfer>>,
+    /// Held until an install has ended; taken with `slot` held.
+    installing: Mutex<()>,
+}
 
 struct Transfer {
     session: u64,
@@ -139,9 +148,10 @@ impl Inbound {
         if known > vote {
             return Reply::HigherVote(known);
         }
-        let mut slot = self.0.lock().await;
-        // The old sink goes first: two must not write to one place.
-        *slot = None;
+        let mut slot = match self.free().await {
+            Ok(slot) => slot,
+            Err(reason) => return Reply::Refused(reason),
+        };
         let mut sink = match member.replica.sink().await {
             Ok(Ok(sink)) => sink,
             Ok(Err(error)) => return Reply::Refused(error.to_string()),
@@ -157,9 +167,9 @@ impl Inbound {
     }
 
     pub(crate) async fn item(&self, session: u64, item: u32, data: Bytes) -> Reply {
-        let mut slot = self.0.lock().await;
+        let mut slot = self.slot.lock().await;
         let Some(transfer) = slot.as_mut().filter(|transfer| transfer.session == session) else {
-            return Reply::Refused("this snapshot transfer was replaced by another".to_owned());
+            return Reply::Refused(REPLACED.to_owned());
         };
         match transfer.sink.write(item, data).await {
             Ok(()) => Reply::ItemWritten,
@@ -171,16 +181,73 @@ impl Inbound {
     }
 
     pub(crate) async fn finish(&self, member: &Arc<Member>, session: u64) -> Reply {
-        let taken = {
-            let mut slot = self.0.lock().await;
-            slot.take_if(|transfer| transfer.session == session)
-        };
-        let Some(transfer) = taken else {
-            return Reply::Refused("this snapshot transfer was replaced by another".to_owned());
+        let (transfer, _installing) = match self.take(session).await {
+            Ok(taken) => taken,
+            Err(reason) => return Reply::Refused(reason),
         };
         match member.replica.install(transfer.vote, transfer.meta, transfer.sink).await {
             Ok(vote) => Reply::Installed(vote),
             Err(reason) => Reply::Refused(reason),
         }
+    }
+
+    /// The slot, empty: the old sink goes first, two must not write to one place.
+    async fn free(&self) -> Result<MutexGuard<'_, Option<Transfer>>, String> {
+        let mut slot = self.slot.lock().await;
+        drop(self.installing.try_lock().map_err(|_| INSTALLING)?);
+        *slot = None;
+        Ok(slot)
+    }
+
+    /// The transfer of `session`, to be installed; no other begins until the guard is dropped.
+    async fn take(&self, session: u64) -> Result<(Transfer, MutexGuard<'_, ()>), String> {
+        let mut slot = self.slot.lock().await;
+        let installing = self.installing.try_lock().map_err(|_| INSTALLING)?;
+        let transfer = slot.take_if(|transfer| transfer.session == session).ok_or(REPLACED)?;
+        Ok((transfer, installing))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use futures_util::future::BoxFuture;
+
+    use super::*;
+    use crate::types::LeaderId;
+
+    struct Nowhere;
+
+    impl SnapshotSink for Nowhere {
+        fn begin(&mut self, _: Bytes) -> BoxFuture<'_, io::Result<Vec<u32>>> {
+            Box::pin(async { Ok(Vec::new()) })
+        }
+
+        fn write(&mut self, _: u32, _: Bytes) -> BoxFuture<'_, io::Result<()>> {
+            Box::pin(async { Ok(()) })
+        }
+
+        fn finish(self: Box<Self>) -> BoxFuture<'static, io::Result<()>> {
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    fn transfer(session: u64) -> Transfer {
+        let vote = Vote { leader_id: LeaderId { term: 1, node_id: 1 }, committed: true };
+        Transfer { session, vote, meta: SnapshotMeta::default(), sink: Box::new(Nowhere) }
+    }
+
+    #[tokio::test]
+    async fn no_transfer_begins_while_one_is_being_installed() {
+        let inbound = Inbound::default();
+        *inbound.free().await.expect("nothing is there yet") = Some(transfer(1));
+        *inbound.free().await.expect("a transfer under way is replaced") = Some(transfer(2));
+        assert!(inbound.take(1).await.is_err(), "it was replaced");
+        let (taken, installing) = inbound.take(2).await.expect("is complete");
+        assert_eq!(taken.session, 2);
+        assert!(inbound.free().await.is_err(), "the install has not ended");
+        drop(installing);
+        assert!(inbound.free().await.is_ok());
     }
 }
