@@ -59,6 +59,8 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// The chunks and the fence of the last durable checkpoint.
     durable: Mutex<Meta>,
+    /// Held on a blocking thread while the checkpoint on disk is replaced, by a checkpoint or by a snapshot.
+    recording: Mutex<()>,
     relied: Mutex<Relied>,
 }
 
@@ -73,9 +75,9 @@ impl Shared {
     ) -> Self {
         let fence = RwLock::new(durable.fence.clone());
         let (replay_until, stop) = (AtomicU64::new(u64::MAX), CancellationToken::new());
-        let (durable, relied) = (Mutex::new(durable), Mutex::default());
+        let (durable, recording, relied) = (Mutex::new(durable), Mutex::default(), Mutex::default());
         let starved = AtomicBool::new(false);
-        Self { copyset, dir, store, fence, replay_until, starved, stop, metrics, durable, relied }
+        Self { copyset, dir, store, fence, replay_until, starved, stop, metrics, durable, recording, relied }
     }
 
     /// The chunks that a snapshot under way relies on.
@@ -91,8 +93,12 @@ impl Shared {
         *self.durable.lock().expect("no panic under the lock") = meta;
     }
 
-    /// Makes a checkpoint durable. Blocks.
+    /// Makes a checkpoint durable, unless a snapshot has brought a newer one since it was begun. Blocks.
     fn record(&self, meta: &Meta) -> io::Result<()> {
+        let _recording = self.recording.lock().expect("no panic under the lock");
+        if self.durable().position > meta.position {
+            return Ok(());
+        }
         meta.save(&self.dir, self.copyset)?;
         self.set_durable(meta.clone());
         Ok(())
@@ -100,6 +106,7 @@ impl Shared {
 
     /// Puts a snapshot in place of the chunks and the checkpoint; may be tried again. Blocks.
     fn adopt(&self, adoption: &Adoption) -> io::Result<()> {
+        let _recording = self.recording.lock().expect("no panic under the lock");
         adoption.save(&self.dir, self.copyset)?;
         adoption.carry_out(self.copyset, &self.dir, &self.store)?;
         self.set_durable(adoption.meta.clone());

@@ -282,6 +282,22 @@ async fn an_adoption_without_one_of_its_chunks_is_refused_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_that_ends_after_a_snapshot_came_does_not_go_back_behind_it() {
+    let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
+    let [from, mut to] = unequal([dirs[0].path(), dirs[1].path()]).await;
+    let job = to.machine.begin_checkpoint();
+    assert_eq!(copy(&from, &mut to, 9).await, 2);
+    to.machine.installed(from.machine.checkpoint()).await.expect("is installed");
+    let old = Checkpoint { position: Some(at(3)), membership: Bytes::from_static(b"old") };
+    job.run(old).await.expect("ends");
+    for _ in 0..2 {
+        equals(&from, &to);
+        drop(to);
+        to = Replica::open(dirs[1].path(), &pool(dirs[1].path()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_makes_apply_wait_and_not_differ() {
     let dir = tempfile::tempdir().expect("tempdir");
     let pool = Pool::open(&dir.path().join("pool"), 1, crate::store::layout::FILE_BYTES, 0).expect("pool");
