@@ -251,6 +251,9 @@ impl StateMachine for CopysetMachine {
 
     async fn apply(&mut self, batch: Vec<(LogPosition, LogCommand)>) -> io::Result<Vec<Answer>> {
         let start = Instant::now();
+        if let Some((last, _)) = batch.last() {
+            self.shared.relied().overtaken_at(*last);
+        }
         let mut answers = Vec::with_capacity(batch.len());
         for (position, command) in batch {
             answers.push(encode_answer(self.apply_one(position, command).await?));

@@ -9,6 +9,7 @@ use super::Shared;
 use super::snapshot::{INCOMING, PIECE_BLOCKS, PIECES};
 use crate::store::chunk_store::file_name;
 use crate::store::{Chunk, Patience, StoreError};
+use spline_raft::LogPosition;
 use spline_types::{ChunkId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -19,6 +20,8 @@ use std::sync::Arc;
 pub struct Relied {
     /// Number of the transfer.
     transfer: u64,
+    /// What its snapshot covers.
+    position: Option<LogPosition>,
     /// Chunks in their place, with the digest that they must have.
     chunks: BTreeMap<ChunkId, u64>,
     /// Chunks of which a copy was set aside.
@@ -50,11 +53,11 @@ impl Drop for Reliance {
 }
 
 impl Reliance {
-    /// A new transfer begins, whatever became of the last one.
-    pub fn begin(shared: &Arc<Shared>) -> Self {
+    /// A new transfer begins, of a snapshot that covers the log up to `position`, whatever became of the last one.
+    pub fn begin(shared: &Arc<Shared>, position: Option<LogPosition>) -> Self {
         let mut relied = shared.relied();
         let transfer = relied.transfer + 1;
-        *relied = Relied { transfer, ..Relied::default() };
+        *relied = Relied { transfer, position, ..Relied::default() };
         drop(relied);
         Self { shared: Arc::clone(shared), transfer }
     }
@@ -79,7 +82,7 @@ impl Reliance {
     /// What was relied on, and is no more.
     ///
     /// # Errors
-    /// If another transfer has begun: nothing has guarded the chunks since.
+    /// If another transfer has begun, or the log has overtaken this one: nothing has guarded the chunks since.
     pub fn end(&self) -> io::Result<Found> {
         let mut relied = self.shared.relied();
         if relied.transfer != self.transfer {
@@ -93,6 +96,14 @@ impl Reliance {
 }
 
 impl Relied {
+    /// Entries up to `applied` are applied now. A snapshot that ends before is of no use any more (raft does not
+    /// install it): its transfer, abandoned perhaps, lets go of its chunks.
+    pub fn overtaken_at(&mut self, applied: LogPosition) {
+        if self.position.is_some_and(|position| position.index < applied.index) {
+            *self = Relied { transfer: self.transfer + 1, ..Relied::default() };
+        }
+    }
+
     /// Called before a chunk changes: sets a copy aside if it is relied on.
     ///
     /// # Errors
@@ -136,7 +147,9 @@ impl Relied {
 }
 
 fn superseded() -> io::Error {
-    io::Error::other("the snapshot does not hold any more, another transfer has begun")
+    io::Error::other(
+        "the snapshot does not hold any more, another transfer has begun or the log has overtaken it",
+    )
 }
 
 /// Copies every block, durably.

@@ -311,7 +311,7 @@ fn begin(shared: &Arc<Shared>, manifest: Manifest) -> io::Result<(Gathering, Vec
     let dir = shared.dir.join(INCOMING);
     fs::create_dir_all(&dir)?;
     let mut left = list(&dir)?;
-    let relies = Reliance::begin(shared);
+    let relies = Reliance::begin(shared, manifest.position);
     let mut gathering = Gathering::default();
     let mut wanted = Vec::new();
     for (number, entry) in (0u32..).zip(&manifest.chunks) {

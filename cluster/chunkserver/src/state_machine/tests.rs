@@ -298,6 +298,22 @@ async fn a_checkpoint_that_ends_after_a_snapshot_came_does_not_go_back_behind_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_that_the_log_has_overtaken_lets_go_of_its_chunks() {
+    let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
+    let [from, mut to] = unequal([dirs[0].path(), dirs[1].path()]).await;
+    let incoming = dirs[1].path().join("incoming");
+    assert_eq!(to.apply(4, write(chunk(1, 2), 2, 6, 6, 5), b"added").await, Ok(()));
+    let (_, source) = from.machine.snapshot_source().expect("source");
+    let mut sink = to.machine.snapshot_sink().expect("sink");
+    assert_eq!(sink.begin(source.manifest()).await.expect("begins").len(), 1, "two are there already");
+    let before = files(&incoming);
+    assert_eq!(to.apply(6, write(chunk(1, 1), 2, 7, 6, 5), b"67890").await, Ok(()));
+    assert_eq!(files(&incoming), before + 1, "the snapshot may still come");
+    assert_eq!(to.apply(7, write(chunk(1, 2), 2, 8, 6, 5), b"78901").await, Ok(()));
+    assert_eq!(files(&incoming), before + 1, "it is of no use any more");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_makes_apply_wait_and_not_differ() {
     let dir = tempfile::tempdir().expect("tempdir");
     let pool = Pool::open(&dir.path().join("pool"), 1, crate::store::layout::FILE_BYTES, 0).expect("pool");
