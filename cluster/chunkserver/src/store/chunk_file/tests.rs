@@ -19,7 +19,8 @@ fn the_bad_block_of_a_run_is_named() {
     let read = |bad: Range<u32>| {
         move |into: &mut [u8], block: u32| {
             let end = block + (into.len() / BLOCK) as u32;
-            if bad.start < end && block < bad.end { Err(eio()) } else { Ok(into.fill(block as u8)) }
+            into.fill(block as u8);
+            if bad.start < end && block < bad.end { Err(eio()) } else { Ok(()) }
         }
     };
     assert_eq!(first_unreadable(8, &mut part, read(10..12)).expect("no other error"), Some(10));
