@@ -84,7 +84,7 @@ impl Client {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let mut text = format!(
-        "# Performance\n\nWritten by `make bench` (rounds={}, seconds={}, span={} MiB). Medians over interleaved rounds of one run;\n\
+        "# Performance\n\nWritten by `make bench BENCH='--rounds {} --seconds {}'` (span={} MiB). Medians over interleaved rounds of one run;\n\
          ratios are taken round by round against the first row. CPU is user and system time of all server processes.\n\
          Absolute figures swing with the machine: read the ratios.\n",
         args.rounds,
