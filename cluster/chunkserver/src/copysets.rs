@@ -1,4 +1,5 @@
-//! The copysets of a data directory: `copysets/<id>/` with `meta`, `chunks/` and, while a replica is copied, `incoming/`.
+//! The copysets of a data directory: `copysets/<id>/` with `meta`, `chunks/`, while a replica is copied `incoming/`, and
+//! while what was copied is put in place `adoption`.
 //!
 //! Called by the service (look-up) and the heartbeat (create, remove). Must not know: frames, the metadata server.
 

@@ -127,7 +127,7 @@ impl Shared {
         match command.op {
             ChunkOp::Write => self.store.write(chunk, range, payload, merge, patience),
             ChunkOp::WriteZeroes => self.store.write_zeroes(chunk, range, merge, patience),
-            // Punching holes waits for writeback of the range in some filesystems.
+            // The last block's discard moves the file, which may wait for the filesystem.
             ChunkOp::Discard if patience == Patience::Inline && self.store.has(chunk) => {
                 Err(StoreError::WouldBlock)
             }
