@@ -24,6 +24,7 @@ use spline_process::signals::Stop;
 use spline_types::{ByteSize, OnUnavailable, VolumeName};
 use state::DevDir;
 use std::time::{Duration, Instant};
+use tokio::net::UnixStream;
 
 /// The volume that a first start creates, thin.
 const FIRST_VOLUME: (&str, ByteSize) = ("disk0", ByteSize(10 << 30));
@@ -87,15 +88,9 @@ fn serve(
 /// # Errors
 /// If a part can not go on.
 async fn until_stopped(stop: Stop, parts: &Parts) -> anyhow::Result<()> {
-    let (tell, stopped) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        stop.wait();
-        // Nobody listens any more if a part has failed.
-        let _ = tell.send(());
-    })?;
+    let stop = UnixStream::from_std(stop.into_socket()?)?;
     tokio::select! {
-        // Ends with an error only if the thread that waits for signals has died.
-        _ = stopped => Ok(()),
+        _ = stop.readable() => Ok(()),
         why = parts.failed() => {
             tracing::error!(why, "a part can not go on");
             anyhow::bail!("a part of the cluster can not go on: {why}")

@@ -24,7 +24,7 @@ impl Stop {
         Ok(Self { told })
     }
 
-    /// Blocks until a signal has come; each call takes one. Tokio users call it in `spawn_blocking`.
+    /// Blocks until a signal has come; each call takes one.
     pub fn wait(&self) {
         let mut byte = [0];
         while let Err(error) = (&self.told).read(&mut byte) {
@@ -32,6 +32,15 @@ impl Stop {
                 return;
             }
         }
+    }
+
+    /// The descriptor as a socket that does not block, for an async runtime: readable from the first signal on.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn into_socket(self) -> io::Result<UnixStream> {
+        self.told.set_nonblocking(true)?;
+        Ok(self.told)
     }
 }
 

@@ -6,6 +6,7 @@ use spline_chunkserver::{Chunkserver, Config};
 use spline_process::{CommonFlags, metrics, signals};
 use std::path::PathBuf;
 use std::time::Duration;
+use tokio::net::UnixStream;
 
 /// Chunkserver of a Spline cluster: one per disk
 #[derive(Parser)]
@@ -71,17 +72,15 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut registry = Registry::default();
     let metrics_listen = config.metrics_listen()?;
-    let (tell, mut stopped) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        stop.wait();
-        // Nobody listens any more if the start has failed.
-        let _ = tell.send(());
-    })?;
+    let stop = {
+        let _inside = runtime.enter();
+        UnixStream::from_std(stop.into_socket()?)?
+    };
     // A new directory may wait for a metadata server for long.
     let started = runtime.block_on(async {
         tokio::select! {
             started = Chunkserver::start(config, &mut registry) => started.map(Some),
-            _ = &mut stopped => Ok(None),
+            _ = stop.readable() => Ok(None),
         }
     })?;
     let Some(chunkserver) = started else {
@@ -92,8 +91,7 @@ fn main() -> anyhow::Result<()> {
     let _announced = flags.common.announce(&format!("chunks on {}", chunkserver.wire_address()))?;
     let failed = runtime.block_on(async {
         tokio::select! {
-            // Ends with an error only if the thread that waits for signals has died.
-            _ = stopped => None,
+            _ = stop.readable() => None,
             why = chunkserver.failed() => Some(why),
         }
     });
