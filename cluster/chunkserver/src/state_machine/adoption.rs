@@ -9,12 +9,12 @@
 //! incoming count u32, (volume u64, index u32)* | crc32c u32.
 
 use super::CHUNKS;
-use super::meta::{Meta, put_chunk, put_count, replace_file, take_chunk, take_count};
+use super::meta::{Meta, checked, put_chunk, put_count, replace_file, take_chunk, take_count};
 use super::snapshot::INCOMING;
 use crate::store::checksum::crc32c;
 use crate::store::chunk_store::file_name;
 use crate::store::{ChunkStore, Disk};
-use bytes::{Buf, BufMut};
+use bytes::BufMut;
 use spline_types::{ChunkId, CopysetId};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -75,20 +75,7 @@ impl Adoption {
     /// # Errors
     /// What is wrong with them.
     pub fn decode(bytes: &[u8], copyset: CopysetId) -> Result<Self, String> {
-        let (mut body, crc) = bytes.split_last_chunk::<4>().ok_or("too short")?;
-        if body.get(..8) != Some(MAGIC) {
-            return Err("no magic".into());
-        }
-        body.advance(8);
-        let version = body.try_get_u32_le().map_err(|_| "too short")?;
-        if !VERSIONS.contains(&version) {
-            return Err(format!(
-                "unknown version, upgrade this chunkserver: version={version} known={VERSIONS:?}"
-            ));
-        }
-        if crc32c(&bytes[..bytes.len() - 4]) != u32::from_le_bytes(*crc) {
-            return Err("checksum does not match".into());
-        }
+        let mut body = checked(bytes, MAGIC, &VERSIONS)?;
         let length = take_count(&mut body, 1)?;
         let (meta, mut body) = body.split_at(length);
         let meta = Meta::decode(meta, copyset)?;

@@ -66,21 +66,7 @@ impl Meta {
     /// # Errors
     /// What is wrong with them.
     pub fn decode(bytes: &[u8], copyset: CopysetId) -> Result<Self, String> {
-        let (body, crc) = bytes.split_last_chunk::<4>().ok_or("too short")?;
-        let mut body = body;
-        if body.get(..8) != Some(MAGIC) {
-            return Err("no magic".into());
-        }
-        body.advance(8);
-        let version = body.try_get_u32_le().map_err(|_| "too short")?;
-        if !VERSIONS.contains(&version) {
-            return Err(format!(
-                "unknown version, upgrade this chunkserver: version={version} known={VERSIONS:?}"
-            ));
-        }
-        if crc32c(&bytes[..bytes.len() - 4]) != u32::from_le_bytes(*crc) {
-            return Err("checksum does not match".into());
-        }
+        let body = checked(bytes, MAGIC, &VERSIONS)?;
         Self::decode_body(body, copyset).map_err(|error| format!("bad content: {error}"))
     }
 
@@ -122,6 +108,25 @@ impl Meta {
             io::Error::new(io::ErrorKind::InvalidData, format!("copyset meta: {why} path={}", path.display()))
         })
     }
+}
+
+/// What lies between version and checksum of a file that begins with `magic` and a version and ends with its crc32c.
+///
+/// # Errors
+/// What is wrong with the frame.
+pub fn checked<'a>(bytes: &'a [u8], magic: &[u8; 8], versions: &[u32]) -> Result<&'a [u8], String> {
+    let (sealed, crc) = bytes.split_last_chunk::<4>().ok_or("too short")?;
+    let mut body = sealed.strip_prefix(magic).ok_or("no magic")?;
+    let version = body.try_get_u32_le().map_err(|_| "too short")?;
+    if !versions.contains(&version) {
+        return Err(format!(
+            "unknown version, upgrade this chunkserver: version={version} known={versions:?}"
+        ));
+    }
+    if crc32c(sealed) != u32::from_le_bytes(*crc) {
+        return Err("checksum does not match".into());
+    }
+    Ok(body)
 }
 
 /// Replaces a file so that a crash leaves the old content or the new, whole and durable.

@@ -238,22 +238,28 @@ async fn a_snapshot_that_another_transfer_replaced_is_not_installed() {
     }
 }
 
+/// Two replicas of which the second has received the first one's snapshot to the end, and how it is to adopt it.
+async fn received(dirs: [&Path; 2]) -> (Replica, Replica, adoption::Adoption) {
+    let [from, mut to] = unequal(dirs).await;
+    assert_eq!(copy(&from, &mut to, 9).await, 2);
+    let staged = to.machine.staged.lock().unwrap().take().expect("was received");
+    let adoption = staged.prepare(&to.shared, from.machine.checkpoint()).expect("is complete");
+    (from, to, adoption)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adoption_that_a_crash_interrupted_goes_on_at_the_start() {
     for taken in 0.. {
         let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
         let dir = dirs[1].path();
-        let [from, mut to] = unequal([dirs[0].path(), dir]).await;
-        assert_eq!(copy(&from, &mut to, 9).await, 2);
-        let staged = to.machine.staged.lock().unwrap().take().expect("was received");
-        let adoption = staged.prepare(&to.shared, from.machine.checkpoint()).expect("is complete");
+        let (from, to, adoption) = received([dirs[0].path(), dir]).await;
         adoption.save(dir, COPYSET).expect("saves");
         let steps = adoption.steps(dir, &to.shared.store).expect("nothing is missing");
         assert_eq!(steps.len(), 7, "two go, two come, three end it: {steps:?}");
         for step in steps.iter().take(taken) {
             adoption.take(*step, COPYSET, dir, &to.shared.store).expect("succeeds");
         }
-        drop((staged, to));
+        drop(to);
         for _ in 0..2 {
             let to = Replica::open(dir, &pool(dir));
             equals(&from, &to);
@@ -270,10 +276,7 @@ async fn an_adoption_that_a_crash_interrupted_goes_on_at_the_start() {
 async fn an_adoption_without_one_of_its_chunks_is_refused_whole() {
     let dirs = [0; 2].map(|_| tempfile::tempdir().expect("tempdir"));
     let dir = dirs[1].path();
-    let [from, mut to] = unequal([dirs[0].path(), dir]).await;
-    assert_eq!(copy(&from, &mut to, 9).await, 2);
-    let staged = to.machine.staged.lock().unwrap().take().expect("was received");
-    let adoption = staged.prepare(&to.shared, from.machine.checkpoint()).expect("is complete");
+    let (_, to, adoption) = received([dirs[0].path(), dir]).await;
     let lost = crate::store::chunk_store::file_name(chunk(1, 2));
     std::fs::remove_file(dir.join("incoming").join(lost)).expect("is there");
     let present = to.shared.store.present();
