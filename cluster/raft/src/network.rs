@@ -47,7 +47,6 @@ pub(crate) struct Factory {
 /// One group's client of one peer.
 pub(crate) struct Client {
     group: GroupId,
-    node: NodeId,
     acks: Arc<Acks>,
     peer: Arc<Peer>,
     peers: Arc<Peers>,
@@ -60,7 +59,6 @@ impl RaftNetworkFactory<TypeConfig> for Factory {
     async fn new_client(&mut self, target: u64, _node: &EmptyNode) -> Client {
         Client {
             group: self.group,
-            node: NodeId(target),
             acks: self.acks.clone(),
             peer: self.peers.peer(NodeId(target)),
             peers: self.peers.clone(),
@@ -124,7 +122,7 @@ impl NetStreamAppend<TypeConfig> for Client {
                 }
             };
             let metrics = self.peers.metrics.clone();
-            let answers = stream::run(self.group, self.node, self.acks.clone(), link, metrics, input);
+            let answers = stream::run(self.group, self.peer.node(), self.acks.clone(), link, metrics, input);
             let answers: BoxStream<'s, _> = Box::pin(answers);
             Ok(answers)
         })

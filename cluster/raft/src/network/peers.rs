@@ -128,6 +128,11 @@ impl Peer {
         }
     }
 
+    /// Which peer this is.
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+
     /// Whether there is a live connection.
     pub(crate) fn is_up(&self) -> bool {
         self.live().is_some()

@@ -22,8 +22,8 @@ use super::state::{self, Shared, State};
 /// A buffer that grew beyond this for one large entry is given back.
 const BUFFER_KEEP: usize = 8 << 20;
 
-/// How long after a batch of several records the next one gathers more: those who write much at once save a sync's CPU
-/// time by it, and wait less than a sync takes. Who writes one at a time never waits.
+/// How long after a batch of several records the next one gathers more: those who write much at once save the CPU time
+/// of syncs by it. Who writes one at a time never waits.
 const GATHER: Duration = Duration::from_micros(200);
 
 /// Where the next batch goes.
