@@ -28,6 +28,8 @@ pub struct EngineTraits {
     pub rotational: bool,
     /// Number of the session; 0 for engines without one.
     pub epoch: Epoch,
+    /// Nobody else had a session from this one on; 0 for engines without sessions.
+    pub run_since: Epoch,
     /// What requests do while the volume can not be reached.
     pub on_unavailable: OnUnavailable,
 }
@@ -103,6 +105,8 @@ pub(crate) struct Wanted {
     pub(crate) read_only: bool,
     /// Take it from another gateway whose lease is alive. A local file is never taken from who holds it.
     pub(crate) force: bool,
+    /// The session that a nebd goes on with; what it was not answered there will be sent again.
+    pub(crate) resumes: Option<Epoch>,
 }
 
 /// Where engines come from.
@@ -155,7 +159,7 @@ impl Opener for Engines {
                 return Ok(Arc::new(opened?) as Arc<dyn Engine>);
             }
             match &self.cluster {
-                Some(cluster) => cluster.open(name, wanted.force).await,
+                Some(cluster) => cluster.open(name, wanted).await,
                 None => Err(OpenError::NotFound(format!(
                     "this gateway serves files only: volume={name}; set mds in its config to serve the cluster"
                 ))),

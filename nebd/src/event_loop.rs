@@ -205,11 +205,8 @@ impl EventLoop {
             Next::Retry => {}
             Next::GiveUp(reason) => anyhow::bail!(reason),
             Next::Fenced => {
-                tracing::error!(
-                    reason = %why,
-                    "volume lost, every request fails from now on; end the other user and restart this process"
-                );
                 self.volume.lost = true;
+                self.connections.values_mut().for_each(Connection::fence);
                 let waiting: Vec<_> = self.volume.inflight.drain().collect();
                 for entry in waiting {
                     self.volume.count(&entry, &Err(Fault::Fenced));
@@ -328,6 +325,14 @@ impl EventLoop {
         Ok(())
     }
 
+    /// A client that came after the volume was lost wants it: nothing of what it sees is older than the other's writes.
+    fn want_back(&mut self) {
+        if self.volume.lost && !self.volume.inflight.is_empty() {
+            self.volume.lost = false;
+            self.link.reopen(self.volume.now);
+        }
+    }
+
     /// Lets waiting requests go on where there is room now, sends everything, and forgets finished clients.
     fn settle(&mut self) -> anyhow::Result<()> {
         loop {
@@ -335,6 +340,7 @@ impl EventLoop {
             if let Err(why) = self.link.flush(&mut self.volume, &self.poller, LINK) {
                 self.link_failed(&why)?;
             }
+            self.want_back();
             if !self.flush_clients() {
                 self.volume.metrics.inflight.set(self.volume.inflight.len() as i64);
                 return Ok(());

@@ -89,6 +89,8 @@ pub struct Link {
     out: SendQueue,
     window: Limits,
     on_unavailable: OnUnavailable,
+    /// A gateway has served the volume.
+    served: bool,
     backoff: Duration,
     down_since: Instant,
     /// What was logged last about a failed attempt, so that it is logged once.
@@ -108,6 +110,7 @@ impl Link {
             out: SendQueue::default(),
             window: Limits { requests: 1, bytes: 0 },
             on_unavailable: OnUnavailable::Wait,
+            served: false,
             backoff: BACKOFF_MIN,
             down_since: now,
             told: None,
@@ -120,9 +123,11 @@ impl Link {
         matches!(self.state, State::Up { .. })
     }
 
-    /// Whether a gateway has ever accepted the volume.
-    pub fn was_up(&self) -> bool {
-        self.hello.mode == Mode::Resume
+    /// Begins anew after the volume was lost: as a first link, since nothing from before is left to be replayed.
+    pub fn reopen(&mut self, now: Instant) {
+        (self.hello.mode, self.hello.force) = (Mode::Open, false);
+        (self.backoff, self.down_since) = (BACKOFF_MIN, now);
+        self.state = State::Down { retry_at: now };
     }
 
     /// When [`tick`](Self::tick) has something to do.
@@ -190,14 +195,15 @@ impl Link {
         let next = self.judge(why);
         if next != Next::Retry {
             self.state = State::Ended;
-        } else if !was_up {
-            self.tell(why);
+        }
+        if next == Next::Fenced || !was_up {
+            self.tell(why, &next);
         }
         next
     }
 
     fn judge(&self, why: &LinkDown) -> Next {
-        let first = !self.was_up();
+        let first = !self.served;
         match why {
             LinkDown::Lost => Next::Fenced,
             LinkDown::Refused(refused) => match refused.refusal {
@@ -213,14 +219,18 @@ impl Link {
     }
 
     /// Logs why nothing is served, once per reason.
-    fn tell(&mut self, why: &LinkDown) {
+    fn tell(&mut self, why: &LinkDown, next: &Next) {
         let reason = why.to_string();
         if self.told.as_ref() == Some(&reason) {
             return;
         }
         let path = self.path.display();
         match why {
-            LinkDown::Refused(_) | LinkDown::Contract(_) if self.was_up() => {
+            _ if *next == Next::Fenced => tracing::error!(
+                %reason,
+                "volume lost, its clients' requests fail; end the other user, then connect anew"
+            ),
+            LinkDown::Refused(_) | LinkDown::Contract(_) if self.served => {
                 tracing::error!(%reason, gateway = %path, "gateway does not take the volume back, still trying");
             }
             _ => tracing::info!(%reason, gateway = %path, "waiting for the gateway"),
@@ -340,7 +350,8 @@ impl Link {
         volume.export.update(accepted, self.hello.read_only);
         self.window = Limits { requests: accepted.requests_max as usize, bytes: accepted.bytes_max };
         self.on_unavailable = accepted.on_unavailable;
-        self.hello.mode = Mode::Resume;
+        self.hello.mode = Mode::Resume { epoch: accepted.epoch };
+        self.served = true;
         self.backoff = BACKOFF_MIN;
         self.told = None;
         volume.metrics.link_up.set(1);

@@ -57,7 +57,7 @@ pub struct Volume {
     pub export: Export,
     /// What guests wait for.
     pub inflight: Inflight<Origin>,
-    /// A newer session has the volume: every request fails as fenced.
+    /// Another session has the volume, or had it: the link is at rest until a client that came afterwards asks.
     pub lost: bool,
     /// Counters.
     pub metrics: Metrics,

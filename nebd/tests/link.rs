@@ -12,7 +12,7 @@ use spline_link::{Message, Mode, Refusal};
 use spline_nebd::nbd::protocol::*;
 use spline_nebd::status_file::StatusFile;
 use spline_nebd::{Config, Nebd};
-use spline_types::{Fault, OnUnavailable};
+use spline_types::{Epoch, Fault, OnUnavailable};
 use std::io::Write;
 use std::net::Shutdown;
 use std::path::PathBuf;
@@ -98,7 +98,7 @@ fn replay_before_new() {
     answered.sort_unstable();
     assert_eq!(answered, [(1, 0), (2, 0), (3, 0), (4, 0)], "complete_once");
     let control = gateway.lock();
-    assert_eq!(control.links, [Mode::Open, Mode::Resume]);
+    assert_eq!(control.links, [Mode::Open, Mode::Resume { epoch: Epoch::new(1) }]);
     let on = |link| control.received.iter().filter(move |(at, _)| *at == link).map(|(_, r)| r.id.get());
     assert_eq!(on(0).collect::<Vec<_>>(), [1, 2, 3]);
     assert_eq!(on(1).collect::<Vec<_>>(), [1, 2, 3, 4]);
@@ -228,6 +228,41 @@ fn a_resumed_session_that_is_held_elsewhere_is_lost() {
     let mut client = Client::connect(&place.nbd());
     client.send(CMD_READ, 1, 0, 512);
     assert_eq!(client.reply(), (1, 108));
+}
+
+#[test]
+fn after_a_loss_only_clients_that_come_later_are_served() {
+    let (place, _nebd) = Place::serving();
+    place.gateway.lock().manner = Manner::Hold;
+    let mut old = Client::connect(&place.nbd());
+    old.write(1, 0, b"old");
+    place.gateway.wait("the request came", |control| control.received.len() == 1);
+    place.gateway.kill();
+    place.gateway.lock().manner = Manner::Answer;
+    place.gateway.lock().refuse = Some(Refusal::Held);
+    place.gateway.listen();
+    assert_eq!(old.reply(), (1, 108));
+    // While the other still has it, nobody is served, and nebd does not ask by itself.
+    let mut early = Client::connect(&place.nbd());
+    early.send(CMD_READ, 2, 0, 512);
+    assert_eq!(early.reply(), (2, 108));
+    let asked = place.gateway.lock().links.len();
+    place.gateway.lock().refuse = None;
+    for client in [&mut old, &mut early] {
+        client.send(CMD_READ, 3, 0, 512);
+        assert_eq!(client.reply(), (3, 108));
+    }
+    assert_eq!(place.gateway.lock().links.len(), asked);
+    let mut late = Client::connect(&place.nbd());
+    assert_eq!(late.read(4, 0, 3), [0; 3], "what the old one wrote was not replayed");
+    let control = place.gateway.lock();
+    let resumed = Mode::Resume { epoch: Epoch::new(1) };
+    assert_eq!(control.links, [Mode::Open, resumed, Mode::Open, Mode::Open]);
+    drop(control);
+    old.send(CMD_READ, 5, 0, 512);
+    assert_eq!(old.reply(), (5, 108));
+    late.write(6, 0, b"new");
+    assert_eq!(late.reply(), (6, 0));
 }
 
 #[test]

@@ -67,6 +67,8 @@ pub struct OpenedSession {
     pub geometry: Geometry,
     /// The session's number.
     pub epoch: Epoch,
+    /// Nobody else had a session from this one on: who was served by one of them may be served by this one.
+    pub run_since: Epoch,
     /// What requests do while the cluster can not serve them.
     pub on_unavailable: OnUnavailable,
     /// How long the session lasts without a renewal.

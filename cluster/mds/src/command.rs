@@ -13,8 +13,9 @@ use spline_types::{
 
 /// Versions of the encoding, newest first. An unknown one is refused.
 ///
+/// - 2: opening a session may resume one.
 /// - 1: the first.
-pub const COMMAND_VERSIONS: &[u32] = &[1];
+pub const COMMAND_VERSIONS: &[u32] = &[2, 1];
 
 /// A change of the metadata.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +87,9 @@ pub enum Command {
         epoch: Epoch,
         /// The gateway's id.
         gateway: String,
+        /// It resumes the session before it: nobody else had the volume in between. Not in version 1.
+        #[serde(default)]
+        resumes: bool,
         /// Wall clock, milliseconds since 1970.
         now_ms: u64,
     },

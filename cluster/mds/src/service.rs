@@ -155,7 +155,9 @@ impl pb::sessions_server::Sessions for Service {
     ) -> Result<Response<pb::OpenSessionReply>, Status> {
         let asked = request.into_inner();
         self.serve("sessions.open", async {
-            let opened = self.sessions.open(&name(&asked.volume)?, &asked.gateway, asked.force).await?;
+            let resumes = asked.resumed_epoch.map(Epoch::new);
+            let opened =
+                self.sessions.open(&name(&asked.volume)?, &asked.gateway, asked.force, resumes).await?;
             let info = VolumeInfo {
                 segments: opened.segments.len() as u32,
                 lease_left: opened.lease,
@@ -167,6 +169,7 @@ impl pb::sessions_server::Sessions for Service {
                 epoch: opened.epoch.get(),
                 lease_ms: millis(opened.lease),
                 segments: opened.segments.iter().map(|(index, copysets)| segment(*index, copysets)).collect(),
+                run_since: opened.run_since.get(),
             })
         })
         .await

@@ -37,6 +37,8 @@ pub struct Opened {
     pub epoch: Epoch,
     /// It must renew within this.
     pub lease: Duration,
+    /// Nobody else had a session from this one on.
+    pub run_since: Epoch,
     /// All allocated segments.
     pub segments: Vec<(SegmentIndex, Vec<CopysetId>)>,
 }
@@ -56,12 +58,18 @@ impl Sessions {
         Self { context }
     }
 
-    /// Opens a session: epoch + 1 and a full lease.
+    /// Opens a session: epoch + 1 and a full lease. With `resumes`, what was sent to that session may be sent again.
     ///
     /// # Errors
-    /// `Precondition` while another gateway's lease is alive, unless `force`; `NotFound`; `Invalid` for a gateway id
-    /// that does not fit.
-    pub async fn open(&self, name: &VolumeName, gateway: &str, force: bool) -> Result<Opened, Refusal> {
+    /// `Precondition` while another gateway's lease is alive, unless `force`; `Fenced` if another gateway had a session
+    /// since the resumed one; `NotFound`; `Invalid` for a gateway id that does not fit.
+    pub async fn open(
+        &self,
+        name: &VolumeName,
+        gateway: &str,
+        force: bool,
+        resumes: Option<Epoch>,
+    ) -> Result<Opened, Refusal> {
         if gateway.is_empty() || gateway.len() > GATEWAY_BYTES_MAX {
             let bytes = gateway.len();
             return Err(Refusal::invalid(format!(
@@ -71,11 +79,13 @@ impl Sessions {
         for _ in 0..OPEN_ROUNDS {
             let volume = self.context.ledger.read(|state| state.volume_named(name).cloned()).await?;
             let volume = volume.ok_or_else(|| no_such_volume(name))?;
+            may_resume(&volume, resumes)?;
             self.may_open(&volume, gateway, force)?;
             let command = Command::OpenSession {
                 volume: volume.id,
                 epoch: volume.epoch,
                 gateway: gateway.to_owned(),
+                resumes: resumes.is_some(),
                 now_ms: unix_ms(),
             };
             match self.context.ledger.propose(command).await {
@@ -117,7 +127,8 @@ impl Sessions {
             .await?
             .ok_or_else(|| Refusal::not_found(format!("volume was deleted meanwhile: id={id}")))?;
         tracing::info!(volume = %volume.name, %epoch, gateway = volume.session.as_ref().map(|s| s.gateway.as_str()), "session opened");
-        Ok(Opened { volume, epoch, lease: self.context.config.lease, segments })
+        let run_since = volume.run_since();
+        Ok(Opened { volume, epoch, lease: self.context.config.lease, run_since, segments })
     }
 
     /// Renews the leases of a gateway's sessions.
@@ -209,6 +220,22 @@ impl Sessions {
                 "every copyset has a full member, add space: copysets={count}"
             ))),
         }
+    }
+}
+
+/// Refused if another gateway had a session since the resumed one (`no_late_duplicate`): what it wrote is newer than what
+/// would be sent again. Judged before the log: the epoch that it is judged by is compared again in `apply`.
+fn may_resume(volume: &Volume, resumes: Option<Epoch>) -> Result<(), Refusal> {
+    let run = volume.run_since()..=volume.epoch;
+    match resumes {
+        Some(resumed) if !run.contains(&resumed) => Err(Refusal::fenced(format!(
+            "the volume was open on another gateway meanwhile, what was not answered is not written: name={} \
+             resumed_epoch={resumed} epoch={} last_gateway={}",
+            volume.name,
+            volume.epoch,
+            volume.run.as_ref().map_or("", |run| run.gateway.as_str())
+        ))),
+        _ => Ok(()),
     }
 }
 

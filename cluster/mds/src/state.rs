@@ -49,8 +49,8 @@ impl MetaState {
             Command::RenameVolume { volume, name } => self.rename_volume(*volume, name),
             Command::DeleteVolume { volume, epoch } => self.delete_volume(*volume, *epoch),
             Command::Reclaimed { volume, copysets } => self.reclaimed(*volume, copysets),
-            Command::OpenSession { volume, epoch, gateway, now_ms } => {
-                self.open_session(*volume, *epoch, gateway, *now_ms)
+            Command::OpenSession { volume, epoch, gateway, resumes, now_ms } => {
+                self.open_session(*volume, *epoch, gateway, *resumes, *now_ms)
             }
             Command::CloseSession { volume, epoch } => self.close_session(*volume, *epoch),
             Command::AllocateSegment { volume, epoch, index, copysets } => {

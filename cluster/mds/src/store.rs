@@ -16,8 +16,9 @@ use std::path::Path;
 
 /// Formats of the tables, newest first. An unknown one is refused.
 ///
-/// - 1: the first.
-pub const FORMATS: &[u32] = &[1];
+/// - 2: a volume's row names its run of sessions.
+/// - 1: the first. Its rows are read, and written as the newest when they change.
+pub const FORMATS: &[u32] = &[2, 1];
 
 /// Most memory that redb caches pages in: the state itself is in memory, the tables are only written.
 const CACHE_BYTES: usize = 4 << 20;
@@ -84,21 +85,18 @@ impl Store {
         {
             let mut meta = write.open_table(META).map_err(|e| failed("tables", e))?;
             let known = meta.get(FORMAT).map_err(|e| failed("tables", e))?.map(|row| row.value().to_vec());
-            match known {
-                Some(row) => {
-                    let format: u32 = serde_json::from_slice(&row)?;
-                    if !FORMATS.contains(&format) {
-                        return Err(io::Error::other(format!(
-                            "tables of an unknown format, start the newer binary that wrote them: format={format} \
-                             known={FORMATS:?}"
-                        )));
-                    }
-                }
-                None => {
-                    let row = serde_json::to_vec(&FORMATS[0])?;
-                    meta.insert(FORMAT, row.as_slice()).map_err(|e| failed("tables", e))?;
+            if let Some(row) = known {
+                let format: u32 = serde_json::from_slice(&row)?;
+                if !FORMATS.contains(&format) {
+                    return Err(io::Error::other(format!(
+                        "tables of an unknown format, start the newer binary that wrote them: format={format} \
+                         known={FORMATS:?}"
+                    )));
                 }
             }
+            // From here on rows of the newest format are written, which an older binary must not read.
+            let row = serde_json::to_vec(&FORMATS[0])?;
+            meta.insert(FORMAT, row.as_slice()).map_err(|e| failed("tables", e))?;
             // All tables exist from here on, so that reads need not care.
             write.open_table(VOLUMES).map_err(|e| failed("tables", e))?;
             write.open_table(SEGMENTS).map_err(|e| failed("tables", e))?;

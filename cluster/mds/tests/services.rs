@@ -63,8 +63,29 @@ impl Lab {
     }
 
     async fn open(&mut self, volume: &str, gateway: &str, force: bool) -> Result<pb::OpenSessionReply, Code> {
-        let request = pb::OpenSessionRequest { volume: volume.into(), gateway: gateway.into(), force };
+        let request = pb::OpenSessionRequest {
+            volume: volume.into(),
+            gateway: gateway.into(),
+            force,
+            resumed_epoch: None,
+        };
         self.sessions.open(request).await.map(tonic::Response::into_inner).map_err(|status| status.code())
+    }
+
+    /// Opens to resume a session; answers the new one and since when its run lasts.
+    async fn resume(&mut self, volume: &str, gateway: &str, epoch: u64) -> Result<(u64, u64), String> {
+        let request = pb::OpenSessionRequest {
+            volume: volume.into(),
+            gateway: gateway.into(),
+            force: false,
+            resumed_epoch: Some(epoch),
+        };
+        let reply = self.sessions.open(request).await.map_err(|status| {
+            assert_eq!(status.code(), Code::FailedPrecondition);
+            status.message().to_owned()
+        })?;
+        let reply = reply.into_inner();
+        Ok((reply.epoch, reply.run_since))
     }
 
     async fn renew(&mut self, gateway: &str, volume_id: u64, epoch: u64) -> pb::RenewedSession {
@@ -197,6 +218,30 @@ async fn a_session_is_exclusive_while_its_lease_is_alive() {
     lab.sessions.close(close(3)).await.expect("closed");
     assert_eq!(lab.get("a").await.expect("there").session, None);
     lab.volumes.delete(delete).await.expect("deleted");
+    lab.mds.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_session_is_resumed_unless_another_gateway_had_the_volume_since() {
+    let dir = tempfile::tempdir().expect("directory");
+    let mut lab = Lab::start(Config { lease: Duration::from_secs(600), ..config(dir.path()) }).await;
+    let volume = lab.create("a", GIB).await.expect("created").id;
+    assert_eq!(lab.open("a", "g1", false).await.expect("opened").run_since, 1);
+    assert_eq!(lab.resume("a", "g1", 1).await, Ok((2, 1)));
+    let close = |epoch| pb::CloseSessionRequest { volume_id: volume, epoch };
+    lab.sessions.close(close(2)).await.expect("closed");
+    assert_eq!(lab.resume("a", "g1", 1).await, Ok((3, 1)), "its own sessions in between do no harm");
+    assert_eq!(lab.open("a", "g2", true).await.expect("forced").epoch, 4);
+    lab.sessions.close(close(4)).await.expect("closed");
+    let refused = lab.resume("a", "g1", 3).await.expect_err("g2 had it");
+    assert!(refused.contains("resumed_epoch=3 epoch=4 last_gateway=g2"), "{refused}");
+    assert_eq!(lab.open("a", "g1", false).await.expect("opened anew").run_since, 5);
+    lab.resume("a", "g1", 3).await.expect_err("g2 had it");
+    assert_eq!(lab.resume("a", "g1", 5).await, Ok((6, 5)));
+    lab.sessions.close(close(6)).await.expect("closed");
+    // The gateway may have another name now.
+    assert_eq!(lab.resume("a", "g9", 6).await, Ok((7, 5)));
+    lab.resume("a", "g9", 8).await.expect_err("there was no such session");
     lab.mds.shutdown().await;
 }
 

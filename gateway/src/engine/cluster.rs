@@ -6,7 +6,7 @@
 
 mod lease;
 
-use super::{Engine, EngineAnswer, EngineTraits, OpenError, Standing};
+use super::{Engine, EngineAnswer, EngineTraits, OpenError, Standing, Wanted};
 use crate::config::Config;
 use crate::fanout::{self, Chunks, PartAnswer};
 use crate::split::Part;
@@ -48,8 +48,9 @@ impl Cluster {
         Self { client, gateway: gateway.to_owned(), leases }
     }
 
-    pub(crate) async fn open(&self, name: &VolumeName, force: bool) -> Result<Arc<dyn Engine>, OpenError> {
-        let opened = self.client.open_session(name, &self.gateway, force).await.map_err(refused)?;
+    pub(crate) async fn open(&self, name: &VolumeName, wanted: Wanted) -> Result<Arc<dyn Engine>, OpenError> {
+        let opened = self.client.open_session(name, &self.gateway, wanted.force, wanted.resumes).await;
+        let opened = opened.map_err(refused)?;
         let volume = Arc::new(Volume::new(name.clone(), self.client.clone(), &opened));
         self.leases.add(&volume, opened.lease);
         Ok(Arc::new(ClusterEngine { volume, leases: Arc::clone(&self.leases) }))
@@ -103,6 +104,7 @@ impl Volume {
             fast_zero: true,
             rotational: false,
             epoch: opened.epoch,
+            run_since: opened.run_since,
             on_unavailable: opened.on_unavailable,
         };
         let size = opened.geometry.size;

@@ -5,8 +5,8 @@
 use super::{Links, unexpected_end};
 use crate::engine::{OpenError, Wanted};
 use crate::session::{Membership, Session};
-use spline_link::hello::HELLO_BYTES_MAX;
-use spline_link::{Accepted, Hello, LinkError, LinkVersion, Refusal, Refused, VolumeTraits, Welcome};
+use spline_link::hello::{HELLO_BYTES_MAX, HELLO_FIXED_BYTES, HELLO_VERSIONS_BYTES};
+use spline_link::{Accepted, Hello, LinkError, LinkVersion, Mode, Refusal, Refused, VolumeTraits, Welcome};
 use spline_types::limits::REQUEST_BYTES_MAX;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,6 +29,15 @@ pub(super) async fn greet(
     let hello = match tokio::time::timeout(HELLO_LIMIT, read_hello(read)).await {
         Ok(Ok(hello)) => hello,
         Ok(Err(HelloError::Closed)) => return None,
+        Ok(Err(HelloError::Contract(error @ LinkError::Version { .. }))) => {
+            links.metrics.opens_refused.inc();
+            warn!(%error, "hello is refused");
+            let refused = Refused { refusal: Refusal::Version, text: error.to_string() };
+            // Whether it is taken changes nothing: the link is cut.
+            let _ =
+                tokio::time::timeout(HELLO_LIMIT, write.write_all(&Welcome::Refused(refused).encode())).await;
+            return None;
+        }
         Ok(Err(error)) => {
             warn!(%error, "hello is refused");
             return None;
@@ -72,7 +81,11 @@ async fn open(
     socket: &Arc<OwnedFd>,
     links: &Links,
 ) -> Result<(Membership, Accepted), Refused> {
-    let wanted = Wanted { read_only: hello.read_only, force: hello.force };
+    let resumes = match hello.mode {
+        Mode::Open => None,
+        Mode::Resume { epoch } => Some(epoch),
+    };
+    let wanted = Wanted { read_only: hello.read_only, force: hello.force, resumes };
     let joined = links.registry.join(&hello.volume, wanted, hello.instance, socket).await;
     let membership = joined.map_err(|error| {
         let refusal = match error {
@@ -122,7 +135,7 @@ enum HelloError {
 async fn read_hello(read: &mut OwnedReadHalf) -> Result<Hello, HelloError> {
     let mut bytes = [0; HELLO_BYTES_MAX];
     let mut have = 0;
-    let mut want = spline_link::hello::HELLO_FIXED_BYTES;
+    let mut want = HELLO_VERSIONS_BYTES;
     loop {
         while have < want {
             let read = read.read(&mut bytes[have..want]).await?;
@@ -135,8 +148,10 @@ async fn read_hello(read: &mut OwnedReadHalf) -> Result<Hello, HelloError> {
         if let Some((hello, _)) = Hello::decode(&bytes[..have])? {
             return Ok(hello);
         }
-        // The fixed part is there: it tells how long the name is, and decode has checked that it fits.
-        want =
-            spline_link::hello::HELLO_FIXED_BYTES + usize::from(u16::from_le_bytes([bytes[18], bytes[19]]));
+        want = match have {
+            ..HELLO_FIXED_BYTES => HELLO_FIXED_BYTES,
+            // The fixed part is there: it tells how long the name is, and decode has checked that it fits.
+            _ => HELLO_FIXED_BYTES + usize::from(u16::from_le_bytes([bytes[18], bytes[19]])),
+        };
     }
 }

@@ -17,6 +17,8 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 const SIZE: u64 = 4 << 20;
+/// The session that a gated engine has.
+const RESUME: Mode = Mode::Resume { epoch: Epoch::new(7) };
 
 /// The other side of a link.
 struct Nebd {
@@ -249,6 +251,7 @@ impl Engine for Gated {
             fast_zero: true,
             rotational: false,
             epoch: Epoch::new(7),
+            run_since: Epoch::new(5),
             on_unavailable: OnUnavailable::Wait,
         }
     }
@@ -339,7 +342,7 @@ async fn a_new_link_waits_for_the_requests_of_the_old_one() {
         first.request(1, BlockOp::Write, 0, 512, &[0; 512]).await;
         bench.until(|log| log == [("start", 1)]).await;
         drop(first);
-        let mut second = bench.link(new, Mode::Resume).await;
+        let mut second = bench.link(new, RESUME).await;
         second.request(2, BlockOp::Write, 0, 512, &[0; 512]).await;
         // Whoever was there before is served meanwhile, which also gives the second link all the time to go wrong.
         for id in 1000..1010 {
@@ -351,6 +354,40 @@ async fn a_new_link_waits_for_the_requests_of_the_old_one() {
         let ours: Vec<_> = bench.log().into_iter().filter(|(_, id)| *id < 1000).collect();
         assert_eq!(ours, [("start", 1), ("end", 1), ("start", 2), ("end", 2)]);
     }
+}
+
+#[tokio::test]
+async fn a_link_from_before_another_gateway_had_the_volume_is_refused() {
+    let bench = Bench::new(16, Duration::from_secs(60));
+    bench.link(1, Mode::Open).await;
+    for (epoch, fits) in [(4, false), (5, true), (7, true)] {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+        let mode = Mode::Resume { epoch: Epoch::new(epoch) };
+        match Nebd::hello(ours, "volume", 2, mode, false).await.1 {
+            Welcome::Accepted(_) => assert!(fits, "epoch={epoch}"),
+            Welcome::Refused(refused) => {
+                assert!(!fits && refused.refusal == Refusal::Held, "{refused:?}");
+                assert!(refused.text.contains("resumed_epoch=4 run_since=5"), "{refused:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_older_nebd_is_told_which_versions_there_are() {
+    let bench = Bench::new(16, Duration::from_secs(60));
+    let (mut ours, theirs) = UnixStream::pair().expect("a pair");
+    tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+    // A hello of version 1, whole, and too short for version 2.
+    ours.write_all(b"SPLH\x01\0\x01\0\0\0\0\0\0\0\0\0\x01\0\x01\0\0\0\0\0\x07\0\0\0\0\0\0\0v")
+        .await
+        .expect("sends");
+    let mut bytes = Vec::new();
+    while ours.read_buf(&mut bytes).await.unwrap_or(0) > 0 {}
+    let Some((Welcome::Refused(refused), _)) = Welcome::decode(&bytes).expect("a welcome") else { panic!() };
+    assert_eq!(refused.refusal, Refusal::Version);
+    assert!(refused.text.contains("theirs_max=1 ours_min=2"), "{refused:?}");
 }
 
 #[tokio::test]
@@ -431,5 +468,5 @@ async fn closing_a_volume_lets_its_links_leave() {
     assert_eq!(nebd.next().await, Some((Message::Leaving, Vec::new())));
     assert_eq!(bench.log(), [("close", 0)]);
     assert!(!bench.links.registry.close_volume(&name).await);
-    bench.link(1, Mode::Resume).await;
+    bench.link(1, RESUME).await;
 }

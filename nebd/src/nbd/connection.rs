@@ -68,6 +68,9 @@ pub struct Connection {
     stalled: bool,
     /// Nothing more is taken from the client: it said so, or closed its side.
     ending: bool,
+    /// The volume was lost while the client used it: what it knows of the volume may be out of date, so that every
+    /// request fails.
+    fenced: bool,
     /// What epoll was last told to watch.
     watched: EventFlags,
 }
@@ -92,6 +95,7 @@ impl Connection {
             parked: None,
             stalled: false,
             ending: false,
+            fenced: false,
             watched: EventFlags::IN,
         }
     }
@@ -202,6 +206,11 @@ impl Connection {
         if let Some(incoming) = self.parked.take() {
             self.close(&incoming.ticket);
         }
+    }
+
+    /// The volume was lost: a client that has entered is served no more (`one_writer`).
+    pub fn fence(&mut self) {
+        self.fenced = matches!(self.phase, Phase::Transmission(_));
     }
 
     /// Answers a request that this connection submitted.
@@ -335,7 +344,7 @@ impl Connection {
     /// Hands a request to the volume, or parks it until there is room.
     fn submit(&mut self, volume: &mut Volume, incoming: Incoming) {
         let Incoming { ticket, fua, payload } = incoming;
-        if volume.lost {
+        if self.fenced {
             volume.metrics.refused(Fault::Fenced);
             return self.answer(&ticket, Err(Fault::Fenced));
         }

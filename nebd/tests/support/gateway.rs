@@ -163,7 +163,7 @@ impl FakeGateway {
         let welcome = match control.refuse {
             Some(refusal) => Welcome::Refused(Refused { refusal, text: format!("refused as {refusal:?}") }),
             None => Welcome::Accepted(Accepted {
-                version: LinkVersion::V1,
+                version: LinkVersion::V2,
                 features: 0,
                 epoch: Epoch::new(control.epoch),
                 geometry: Geometry { size: control.image.len() as u64, block_size: BlockSize::B4096 },

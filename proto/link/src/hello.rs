@@ -1,19 +1,22 @@
 //! The first message of a link, from nebd: which volume, and whether this is a first meeting.
 //!
-//! Layout (32 bytes, then the name): magic u32 | version_min u16 | version_max u16 | features u64 | mode u8 |
-//! flags u8 | name_len u16 | reserved u32 | instance u64 | name. The layout is the same in every version, because it
-//! is read before a version is agreed.
+//! Layout (40 bytes, then the name): magic u32 | version_min u16 | version_max u16 | features u64 | mode u8 |
+//! flags u8 | name_len u16 | reserved u32 | instance u64 | epoch u64 (0 unless resumed) | name. A hello is read before
+//! a version is agreed: magic and versions lie at the same place in every version, and what follows is laid out as in
+//! `version_min`, which whoever shares a version with nebd can read.
 
 use crate::error::LinkError;
 use crate::fields::{put, u16_at, u32_at, u64_at, within, zero};
-use crate::version::VersionRange;
-use spline_types::VolumeName;
+use crate::version::{VersionRange, mismatch};
 use spline_types::limits::VOLUME_NAME_BYTES_MAX;
+use spline_types::{Epoch, VolumeName};
 
 /// "SPLH" as it lies on the socket.
 pub const HELLO_MAGIC: u32 = u32::from_le_bytes(*b"SPLH");
+/// Bytes that tell whether the rest can be read: magic and versions.
+pub const HELLO_VERSIONS_BYTES: usize = 8;
 /// Bytes before the name.
-pub const HELLO_FIXED_BYTES: usize = 32;
+pub const HELLO_FIXED_BYTES: usize = 40;
 /// Bytes of the longest hello.
 pub const HELLO_BYTES_MAX: usize = HELLO_FIXED_BYTES + VOLUME_NAME_BYTES_MAX;
 
@@ -27,10 +30,14 @@ pub struct InstanceId(pub u64);
 /// Whether this nebd has had a link for the volume before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
-    /// First link of this nebd.
+    /// First link of this nebd, or the first since the volume was lost: nothing is replayed.
     Open,
-    /// The link was lost; unanswered requests will be replayed first.
-    Resume,
+    /// The link was lost; unanswered requests will be replayed first. Refused if anybody else had the volume since
+    /// the session that nebd was last told of: their writes are newer than what is replayed (`no_late_duplicate`).
+    Resume {
+        /// That session; 0 for engines without sessions.
+        epoch: Epoch,
+    },
 }
 
 /// What nebd asks for.
@@ -63,16 +70,18 @@ impl Hello {
         put(&mut bytes, 4, &self.versions.min.to_le_bytes());
         put(&mut bytes, 6, &self.versions.max.to_le_bytes());
         put(&mut bytes, 8, &self.features.to_le_bytes());
-        bytes[16] = match self.mode {
-            Mode::Open => 1,
-            Mode::Resume => 2,
+        let (mode, epoch) = match self.mode {
+            Mode::Open => (1, 0),
+            Mode::Resume { epoch } => (2, epoch.get()),
         };
+        bytes[16] = mode;
         let flag = |set: bool, flag: u8| if set { flag } else { 0 };
         let force = self.force && self.mode == Mode::Open;
         bytes[17] = flag(self.read_only, FLAG_READ_ONLY) | flag(force, FLAG_FORCE);
         // A VolumeName is at most 255 bytes long.
         put(&mut bytes, 18, &(name.len() as u16).to_le_bytes());
         put(&mut bytes, 24, &self.instance.0.to_le_bytes());
+        put(&mut bytes, 32, &epoch.to_le_bytes());
         bytes.extend_from_slice(name);
         bytes
     }
@@ -81,17 +90,28 @@ impl Hello {
     /// bytes it took.
     ///
     /// # Errors
-    /// Any `LinkError` but `Version`: choosing the version is the caller's next step.
+    /// Any `LinkError`; `Version`, which is to be answered with a refusal, as soon as the versions are there.
     pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, LinkError> {
         if bytes.len() >= 4 && u32_at(bytes, 0) != HELLO_MAGIC {
             return Err(LinkError::Magic(u32_at(bytes, 0)));
         }
+        if bytes.len() < HELLO_VERSIONS_BYTES {
+            return Ok(None);
+        }
+        let versions = VersionRange { min: u16_at(bytes, 4), max: u16_at(bytes, 6) };
+        if !(VersionRange::OURS.min..=VersionRange::OURS.max).contains(&versions.min) {
+            return Err(mismatch(versions));
+        }
         if bytes.len() < HELLO_FIXED_BYTES {
             return Ok(None);
         }
+        let epoch = u64_at(bytes, 32);
         let mode = match bytes[16] {
-            1 => Mode::Open,
-            2 => Mode::Resume,
+            1 => {
+                zero("epoch", epoch)?;
+                Mode::Open
+            }
+            2 => Mode::Resume { epoch: Epoch::new(epoch) },
             other => return Err(LinkError::Unknown { field: "mode", value: other.into() }),
         };
         // A flag that this build does not know, or a force that a resume must not use.
@@ -105,7 +125,7 @@ impl Hello {
         let name =
             std::str::from_utf8(name).map_err(|_| LinkError::Text("volume name is not UTF-8".to_owned()))?;
         let hello = Self {
-            versions: VersionRange { min: u16_at(bytes, 4), max: u16_at(bytes, 6) },
+            versions,
             features: u64_at(bytes, 8),
             mode,
             read_only: bytes[17] & FLAG_READ_ONLY != 0,

@@ -15,7 +15,8 @@
 //! | gateway | `Lost` | the session went to someone newer; nothing will be answered any more |
 //!
 //! A link that just drops keeps the session: nebd comes back with `Mode::Resume` and replays what was not answered,
-//! oldest first, before anything new (`replay_before_new`). All integers are little-endian.
+//! oldest first, before anything new (`replay_before_new`). It names the session that it was last told of: if anybody
+//! else had the volume since, it is refused as `Held` (`no_late_duplicate`). All integers are little-endian.
 //!
 //! Knows: versions, encodings, limits of what may be said. Must never know: NBD, vhost-user, the cluster, who is on
 //! either end.

@@ -1,4 +1,4 @@
-//! Golden bytes of version 1, round trips, and arbitrary bytes against every decoder.
+//! Golden bytes of version 2, round trips, and arbitrary bytes against every decoder.
 
 use crate::extents;
 use crate::fault::fault_from_code;
@@ -15,9 +15,9 @@ use std::time::Duration;
 
 fn hello() -> Hello {
     Hello {
-        versions: VersionRange { min: 1, max: 2 },
+        versions: VersionRange { min: 2, max: 3 },
         features: 0x0102,
-        mode: Mode::Resume,
+        mode: Mode::Resume { epoch: Epoch::new(9) },
         read_only: true,
         force: false,
         instance: InstanceId(0x1122_3344_5566_7788),
@@ -27,7 +27,7 @@ fn hello() -> Hello {
 
 fn accepted() -> Accepted {
     Accepted {
-        version: LinkVersion::V1,
+        version: LinkVersion::V2,
         features: 0,
         epoch: Epoch::new(7),
         geometry: Geometry { size: 1 << 30, block_size: BlockSize::B4096 },
@@ -44,10 +44,10 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn golden_hello_v1() {
+fn golden_hello_v2() {
     assert_eq!(
         hex(&hello().encode()),
-        "53504c480100020002010000000000000201080000000000887766554433221176 6d2f6469736b30".replace(' ', "")
+        "53504c48020003000201000000000000020108000000000088776655443322110900000000000000766d2f6469736b30"
     );
 }
 
@@ -57,7 +57,7 @@ fn only_a_first_link_may_force() {
     let bytes = first.encode();
     assert_eq!(bytes[17], 3);
     assert_eq!(Hello::decode(&bytes).expect("decodes"), Some((first.clone(), bytes.len())));
-    let resumed = Hello { mode: Mode::Resume, ..first };
+    let resumed = Hello { mode: Mode::Resume { epoch: Epoch::new(1) }, ..first };
     let mut bytes = resumed.encode();
     assert_eq!(bytes[17], 1);
     bytes[17] = 3;
@@ -65,22 +65,38 @@ fn only_a_first_link_may_force() {
 }
 
 #[test]
-fn golden_welcome_v1() {
+fn a_hello_of_another_version_is_refused_before_the_rest_is_read() {
+    for (min, max) in [(1u16, 1u16), (1, 2), (3, 4)] {
+        let hello = Hello { versions: VersionRange { min, max }, ..hello() };
+        let refused = Hello::decode(&hello.encode()[..8]).expect_err("another layout");
+        assert!(refused.to_string().contains(&format!("theirs_min={min} theirs_max={max}")), "{refused}");
+    }
+}
+
+#[test]
+fn a_first_link_resumes_nothing() {
+    let mut bytes = Hello { mode: Mode::Open, ..hello() }.encode();
+    bytes[32] = 9;
+    assert!(Hello::decode(&bytes).is_err());
+}
+
+#[test]
+fn golden_welcome_v2() {
     assert_eq!(
         hex(&Welcome::Accepted(accepted()).encode()),
-        "53504c57010000000000000000000000070000000000000000000040000000000010000006000000\
+        "53504c57020000000000000000000000070000000000000000000040000000000010000006000000\
          30750000000000020004000000000000 0000000400000000"
             .replace(' ', "")
     );
     let refused = Refused { refusal: Refusal::NotFound, text: "no".to_owned() };
     assert_eq!(
         hex(&Welcome::Refused(refused).encode()),
-        format!("53504c5701000200{}02000000{}6e6f", "0".repeat(88), "0".repeat(16))
+        format!("53504c5702000200{}02000000{}6e6f", "0".repeat(88), "0".repeat(16))
     );
 }
 
 #[test]
-fn golden_frames_v1() {
+fn golden_frames_v2() {
     let zeroes = BlockRequest {
         id: RequestId::new(9),
         op: BlockOp::WriteZeroes { no_hole: true, fast: false },
@@ -110,7 +126,7 @@ fn golden_frames_v1() {
 }
 
 #[test]
-fn golden_extents_v1() {
+fn golden_extents_v2() {
     let list =
         [Extent { length: 4096, hole: true, zero: true }, Extent { length: 1, hole: false, zero: false }];
     assert_eq!(hex(&extents::encode(&list)), "001000000000000003000000010000000000000000000000");
@@ -210,7 +226,7 @@ proptest! {
     }
 
     #[test]
-    fn hellos_decode_only_when_whole(cut in 0usize..40) {
+    fn hellos_decode_only_when_whole(cut in 0usize..48) {
         let bytes = hello().encode();
         let expected = if cut < bytes.len() { None } else { Some((hello(), bytes.len())) };
         prop_assert_eq!(Hello::decode(&bytes[..cut.min(bytes.len())]), Ok(expected));
@@ -228,6 +244,9 @@ proptest! {
     fn greetings_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..128), side in 0u8..3) {
         if bytes.len() >= 4 && side < 2 {
             bytes[..4].copy_from_slice(if side == 0 { b"SPLH" } else { b"SPLW" });
+        }
+        if bytes.len() >= 8 && side == 0 {
+            bytes[4..8].copy_from_slice(&[2, 0, 2, 0]);
         }
         let _ = Hello::decode(&bytes);
         let _ = Welcome::decode(&bytes);

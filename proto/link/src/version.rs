@@ -6,8 +6,10 @@ use crate::error::LinkError;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u16)]
 pub enum LinkVersion {
-    /// Hello and welcome, 48-byte frames with inline payload over the socket, extents of 12 bytes.
-    V1 = 1,
+    /// A hello that resumes names the session that it resumes. Hello of 40 bytes, welcome, 48-byte frames with inline
+    /// payload over the socket, extents of 12 bytes. Version 1 had a hello of 32 bytes without that epoch, so that its
+    /// replays could not be judged; it was never released and is not spoken.
+    V2 = 2,
 }
 
 /// What one side speaks, oldest to newest, both included.
@@ -21,7 +23,7 @@ pub struct VersionRange {
 
 impl VersionRange {
     /// What this build speaks.
-    pub const OURS: Self = Self { min: LinkVersion::V1 as u16, max: LinkVersion::V1 as u16 };
+    pub const OURS: Self = Self { min: LinkVersion::V2 as u16, max: LinkVersion::V2 as u16 };
 }
 
 impl LinkVersion {
@@ -31,7 +33,7 @@ impl LinkVersion {
     /// `Version` if this build does not speak it.
     pub fn from_raw(raw: u16) -> Result<Self, LinkError> {
         match raw {
-            1 => Ok(Self::V1),
+            2 => Ok(Self::V2),
             _ => Err(mismatch(VersionRange { min: raw, max: raw })),
         }
     }
@@ -49,7 +51,7 @@ impl LinkVersion {
     }
 }
 
-fn mismatch(theirs: VersionRange) -> LinkError {
+pub(crate) fn mismatch(theirs: VersionRange) -> LinkError {
     LinkError::Version {
         min: theirs.min,
         max: theirs.max,
@@ -64,9 +66,9 @@ mod tests {
 
     #[test]
     fn the_newest_common_version_is_chosen() {
-        assert_eq!(LinkVersion::choose(VersionRange { min: 1, max: 9 }), Ok(LinkVersion::V1));
-        assert_eq!(LinkVersion::choose(VersionRange { min: 0, max: 1 }), Ok(LinkVersion::V1));
-        for (min, max) in [(2, 9), (0, 0), (9, 1)] {
+        assert_eq!(LinkVersion::choose(VersionRange { min: 2, max: 9 }), Ok(LinkVersion::V2));
+        assert_eq!(LinkVersion::choose(VersionRange { min: 0, max: 2 }), Ok(LinkVersion::V2));
+        for (min, max) in [(3, 9), (1, 1), (0, 0), (9, 1)] {
             let refused = LinkVersion::choose(VersionRange { min, max }).expect_err("no common version");
             assert!(refused.to_string().contains(&format!("theirs_min={min}")), "{refused}");
         }

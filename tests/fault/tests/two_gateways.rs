@@ -1,5 +1,5 @@
 //! One writer: a second gateway is refused; by force it takes the volume, and nothing that the first one had on its way
-//! lands any more (`one_writer`).
+//! lands any more (`one_writer`), nor what a nebd kept while its gateway was away (`no_late_duplicate`).
 
 use anyhow::Context;
 use spline_fault::block;
@@ -106,4 +106,36 @@ fn by_force_the_first_is_fenced_with_all_that_it_had_on_its_way() {
     // The first one does not get it back by itself.
     let said = Export::refused(cluster.dir(), &cluster.gateway_socket(), "disk").expect("is refused");
     assert!(said.contains("open on another gateway"), "{said}");
+}
+
+#[test]
+fn what_waited_for_a_gateway_does_not_land_on_what_another_one_wrote() {
+    let Lab { mut cluster, first, _other, other_socket } = Lab::new();
+    let mut old = Connection::open(&first.socket, "disk", RECOVERY_LIMIT).expect("connects");
+    write(&mut old, HELD, 1);
+    cluster.gateway.kill9().expect("dies");
+    let (mut sender, receiver) = old.split().expect("splits");
+    send_write(&mut sender, HELD, 2);
+
+    // Another gateway has the volume meanwhile and gives it back: nobody holds it when the first one returns.
+    let mut second = Export::start_by_force(cluster.dir(), &other_socket, "disk").expect("takes the volume");
+    let mut new = Connection::open(&second.socket, "disk", RECOVERY_LIMIT).expect("connects");
+    write(&mut new, HELD, 3);
+    new.close().expect("closes");
+    second.nebd.terminate(RECOVERY_LIMIT).expect("ends");
+    wait_until("the volume to be given back", RECOVERY_LIMIT, || {
+        Ok(cluster.spline(&["volume", "info", "disk"])?["session"].is_null().then_some(()))
+    })
+    .expect("is given back");
+
+    cluster.gateway.start().expect("starts");
+    let (receiver, errors) = answers(receiver, 1).expect("the waiting client is answered");
+    assert_eq!(errors, [ESHUTDOWN]);
+    // Whoever comes now sees what was written last; the client from before does not get in again.
+    let mut fresh = Connection::open(&first.socket, "disk", RECOVERY_LIMIT).expect("connects");
+    assert_eq!(read(&mut fresh, HELD), 3);
+    write(&mut fresh, HELD, 4);
+    send_write(&mut sender, HELD, 5);
+    assert_eq!(answers(receiver, 1).expect("is answered").1, [ESHUTDOWN]);
+    assert_eq!(read(&mut fresh, HELD), 4);
 }

@@ -63,9 +63,14 @@ impl Mds {
         volume: &VolumeName,
         gateway: &str,
         force: bool,
+        resumes: Option<Epoch>,
     ) -> Result<OpenedSession, MetaError> {
-        let request =
-            pb::OpenSessionRequest { volume: volume.as_str().into(), gateway: gateway.into(), force };
+        let request = pb::OpenSessionRequest {
+            volume: volume.as_str().into(),
+            gateway: gateway.into(),
+            force,
+            resumed_epoch: resumes.map(Epoch::get),
+        };
         let (address, reply) = self
             .ask("open", |channel| {
                 let request = self.timed(request.clone());
@@ -252,11 +257,19 @@ fn opened(reply: pb::OpenSessionReply) -> Result<OpenedSession, String> {
         "" => OnUnavailable::default(),
         text => text.parse()?,
     };
+    // A server that does not know of runs would not have judged a resume either.
+    if reply.run_since == 0 || reply.run_since > reply.epoch {
+        return Err(format!(
+            "run of sessions does not fit: run_since={} epoch={}",
+            reply.run_since, reply.epoch
+        ));
+    }
     let segments: Result<HashMap<_, _>, String> = reply.segments.into_iter().map(segment).collect();
     Ok(OpenedSession {
         volume: VolumeId::new(volume.id),
         geometry: Geometry { size: volume.size_bytes, block_size },
         epoch: Epoch::new(reply.epoch),
+        run_since: Epoch::new(reply.run_since),
         on_unavailable,
         lease: Duration::from_millis(reply.lease_ms),
         segments: segments?,

@@ -17,8 +17,9 @@ use std::sync::Arc;
 
 /// Versions of the dump, newest first. An unknown one is refused.
 ///
+/// - 2: rows as in tables of format 2.
 /// - 1: the first.
-pub(super) const DUMP_VERSIONS: &[u32] = &[1];
+pub(super) const DUMP_VERSIONS: &[u32] = &[2, 1];
 
 /// Bytes of an item; raft takes at most 1 MiB.
 const ITEM_BYTES: usize = 1 << 20;

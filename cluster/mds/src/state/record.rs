@@ -43,6 +43,27 @@ pub struct Volume {
     pub epoch: Epoch,
     /// The newest session unless it was closed. Whether its lease is alive is not known here.
     pub session: Option<Session>,
+    /// The run that the newest session belongs to, whether it was closed or not; `None` before the first.
+    #[serde(default)]
+    pub run: Option<Run>,
+}
+
+impl Volume {
+    /// The first session from which on nobody but the newest session's owner had the volume.
+    pub fn run_since(&self) -> Epoch {
+        self.run.as_ref().map_or(self.epoch, |run| run.since)
+    }
+}
+
+/// Sessions that followed each other with nobody else's between them: each was opened by the gateway of the one before
+/// it, or to resume it. What was sent to any of them and not answered may be sent again (`no_late_duplicate`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// The gateway of the newest of them.
+    pub gateway: String,
+    /// The first of them.
+    #[serde(with = "id")]
+    pub since: Epoch,
 }
 
 /// A session that was opened and not closed.

@@ -68,8 +68,9 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => (volume(), 1u64..6).prop_map(|(volume, n)| Command::ResizeVolume { volume, size: n * SEGMENT_BYTES }),
         1 => (volume(), name()).prop_map(|(volume, name)| Command::RenameVolume { volume, name }),
         1 => (volume(), epoch()).prop_map(|(volume, epoch)| Command::DeleteVolume { volume, epoch }),
-        3 => (volume(), epoch()).prop_map(|(volume, epoch)| Command::OpenSession {
-            volume, epoch, gateway: "g".into(), now_ms: 2,
+        3 => (volume(), epoch(), any::<bool>(), any::<bool>()).prop_map(|(volume, epoch, other, resumes)| {
+            let gateway = if other { "h" } else { "g" }.to_owned();
+            Command::OpenSession { volume, epoch, gateway, resumes, now_ms: 2 }
         }),
         1 => (volume(), epoch()).prop_map(|(volume, epoch)| Command::CloseSession { volume, epoch }),
         6 => (volume(), epoch(), 0u32..5, lie).prop_map(|(volume, epoch, index, copysets)| {
@@ -256,7 +257,8 @@ fn segments_are_judged() {
         copysets: vec![copyset(1); 64],
     };
     assert_eq!(kind(state.apply(&allocate(0, 0))), RefusalKind::Fenced, "nobody has it open");
-    let open = Command::OpenSession { volume, epoch: Epoch::new(0), gateway: "g".into(), now_ms: 1 };
+    let open =
+        Command::OpenSession { volume, epoch: Epoch::new(0), gateway: "g".into(), resumes: false, now_ms: 1 };
     assert_eq!(state.apply(&open), Ok(Answer::Epoch(Epoch::new(1))));
     assert_eq!(kind(state.apply(&open)), RefusalKind::Conflict, "the epoch has moved on");
     assert!(state.apply(&allocate(1, 1)).is_ok());
@@ -282,4 +284,51 @@ fn rows_that_do_not_fit_each_other_are_refused() {
     let mut dangling = rows(&state);
     dangling.push((Key::Segment(VolumeId::new(1), SegmentIndex::new(0)), b"[99]".to_vec()));
     assert!(MetaState::from_rows(dangling).expect_err("dangling").contains("copyset=99"));
+}
+
+#[test]
+fn a_run_lasts_until_another_gateway_has_the_volume() {
+    let mut state = cluster();
+    state.apply(&create(1, 1)).expect("created");
+    let volume = VolumeId::new(1);
+    // Who opens, whether it resumes, whether it closes then; and since when the run lasts.
+    let steps = [
+        ("g", false, true, 1),
+        ("g", false, false, 1),
+        ("h", false, true, 3),
+        ("g", false, false, 4),
+        ("g", true, true, 4),
+        ("renamed", true, false, 4),
+        ("renamed", false, false, 4),
+        ("g", false, false, 8),
+    ];
+    for (seen, (gateway, resumes, closes, since)) in (0u64..).zip(steps) {
+        let epoch = Epoch::new(seen);
+        let open = Command::OpenSession { volume, epoch, gateway: gateway.into(), resumes, now_ms: 1 };
+        assert_eq!(state.apply(&open), Ok(Answer::Epoch(Epoch::new(seen + 1))));
+        if closes {
+            state.apply(&Command::CloseSession { volume, epoch: Epoch::new(seen + 1) }).expect("closed");
+        }
+        let row = state.volume(volume).expect("there");
+        assert_eq!(
+            (row.run_since(), row.session.is_none()),
+            (Epoch::new(since), closes),
+            "after epoch {}",
+            seen + 1
+        );
+    }
+}
+
+#[test]
+fn a_volume_row_of_format_1_is_read() {
+    let old = r#"{"id":1,"name":"v1","size":1073741824,"block_size":4096,"on_unavailable":"wait","created_ms":1,"epoch":3,"session":null}"#;
+    let mut state = MetaState::from_rows(vec![(Key::Volume(VolumeId::new(1)), old.into())]).expect("is read");
+    let volume = VolumeId::new(1);
+    assert_eq!(state.volume(volume).expect("there").run_since(), Epoch::new(3));
+    let open =
+        Command::OpenSession { volume, epoch: Epoch::new(3), gateway: "g".into(), resumes: false, now_ms: 1 };
+    state.apply(&open).expect("opened");
+    let golden = r#"{"id":1,"name":"v1","size":1073741824,"block_size":4096,"on_unavailable":"wait","created_ms":1,"epoch":4,"session":{"gateway":"g","since_ms":1},"run":{"gateway":"g","since":4}}"#;
+    let row = state.row(Key::Volume(volume)).expect("there");
+    assert_eq!(String::from_utf8_lossy(&row), golden, "format 2");
 }

@@ -1,7 +1,7 @@
 //! What commands about volumes, sessions and segments do to the state.
 
 use super::MetaState;
-use super::record::{Deletion, Segment, Session, Volume};
+use super::record::{Deletion, Run, Segment, Session, Volume};
 use super::rows::Key;
 use crate::command::{Answer, Outcome};
 use crate::refusal::Refusal;
@@ -34,6 +34,7 @@ impl MetaState {
                 created_ms: now_ms,
                 epoch: Epoch::new(0),
                 session: None,
+                run: None,
             },
         );
         self.changed.extend([Key::Counters, Key::Volume(id)]);
@@ -107,7 +108,14 @@ impl MetaState {
         Ok(Answer::Done)
     }
 
-    pub(super) fn open_session(&mut self, id: VolumeId, seen: Epoch, gateway: &str, now_ms: u64) -> Outcome {
+    pub(super) fn open_session(
+        &mut self,
+        id: VolumeId,
+        seen: Epoch,
+        gateway: &str,
+        resumes: bool,
+        now_ms: u64,
+    ) -> Outcome {
         let volume = self.volume_mut(id)?;
         if volume.epoch != seen {
             return Err(Refusal::conflict(format!(
@@ -120,6 +128,9 @@ impl MetaState {
         };
         volume.epoch = epoch;
         volume.session = Some(Session { gateway: gateway.to_owned(), since_ms: now_ms });
+        let goes_on = |run: &Run| resumes || run.gateway == gateway;
+        let since = volume.run.take().filter(goes_on).map_or(epoch, |run| run.since);
+        volume.run = Some(Run { gateway: gateway.to_owned(), since });
         Ok(Answer::Epoch(epoch))
     }
 

@@ -102,6 +102,7 @@ impl Files {
             fast_zero: true,
             rotational: opened.rotational,
             epoch: Epoch::new(0),
+            run_since: Epoch::new(0),
             on_unavailable: OnUnavailable::Wait,
         };
         let standing = watch::Sender::new(Standing { size: opened.geometry.size, lost: false });

@@ -35,15 +35,24 @@ fn refusals_keep_the_words_and_name_the_server() {
 fn answers_are_checked() {
     let volume = pb::Volume { id: 3, size_bytes: 1 << 30, block_size: 4096, ..Default::default() };
     let segment = pb::Segment { index: 1, copysets: vec![7; 64] };
-    let reply =
-        pb::OpenSessionReply { volume: Some(volume), epoch: 9, lease_ms: 10_000, segments: vec![segment] };
+    let reply = pb::OpenSessionReply {
+        volume: Some(volume),
+        epoch: 9,
+        lease_ms: 10_000,
+        segments: vec![segment],
+        run_since: 4,
+    };
     let good = opened(reply.clone()).expect("fine");
     assert_eq!(
-        (good.volume, good.epoch, good.lease),
-        (VolumeId::new(3), Epoch::new(9), Duration::from_secs(10))
+        (good.volume, good.epoch, good.run_since, good.lease),
+        (VolumeId::new(3), Epoch::new(9), Epoch::new(4), Duration::from_secs(10))
     );
     assert_eq!(good.segments[&SegmentIndex::new(1)].len(), 64);
     assert!(opened(pb::OpenSessionReply { volume: None, ..reply.clone() }).is_err());
+    for run_since in [0, 10] {
+        let odd = opened(pb::OpenSessionReply { run_since, ..reply.clone() }).expect_err("no such run");
+        assert!(odd.contains(&format!("run_since={run_since}")), "{odd}");
+    }
     let mut short = reply.clone();
     short.segments[0].copysets.pop();
     assert!(opened(short).expect_err("63 copysets").contains("copysets=63"));
