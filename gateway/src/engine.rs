@@ -82,6 +82,12 @@ pub trait Engine: Send + Sync + 'static {
     /// What it can do.
     fn traits(&self) -> EngineTraits;
 
+    /// Makes sure that the session is still the newest; if it is not, [`Engine::standing`] says so afterwards.
+    ///
+    /// # Errors
+    /// `Unavailable` if nobody can tell.
+    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>>;
+
     /// Size and loss, to be watched.
     fn standing(&self) -> watch::Receiver<Standing>;
 

@@ -109,6 +109,11 @@ impl Registry {
             return Err(OpenError::Unavailable("this gateway leaves; try again".to_owned()));
         }
         if let Some(open) = session.as_ref() {
+            // Another gateway may have taken the volume, and this one not have heard of it: a link that begins must not
+            // join what is over. One that resumes goes on as it was, with the metadata server away too.
+            if wanted.resumes.is_none() && !open.is_lost() {
+                open.engine.prove().await?;
+            }
             let stale = open.is_lost() || open.leaving.is_cancelled();
             // A session for reading only makes room for a writer when nobody uses it any more.
             let too_narrow = open.engine.traits().read_only && !wanted.read_only && open.links() == 0;

@@ -192,6 +192,10 @@ impl Engine for ClusterEngine {
         self.volume.traits
     }
 
+    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>> {
+        Box::pin(async move { self.leases.renew(std::slice::from_ref(&self.volume)).await.map_err(refused) })
+    }
+
     fn standing(&self) -> watch::Receiver<Standing> {
         self.volume.standing.subscribe()
     }

@@ -14,7 +14,7 @@ mod ring;
 mod tests;
 mod threads;
 
-use super::{Engine, EngineAnswer, EngineTraits, Standing};
+use super::{Engine, EngineAnswer, EngineTraits, OpenError, Standing};
 use crate::buffer::{ALIGNMENT, BufferPool};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -90,6 +90,11 @@ impl Engine for FileEngine {
 
     fn traits(&self) -> EngineTraits {
         self.traits
+    }
+
+    /// A file is locked: nobody takes it.
+    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>> {
+        Box::pin(std::future::ready(Ok(())))
     }
 
     fn standing(&self) -> watch::Receiver<Standing> {

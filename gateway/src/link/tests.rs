@@ -12,6 +12,7 @@ use spline_types::{
 };
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -233,6 +234,8 @@ struct Gated {
     /// One permit lets one request end; requests from id 1000 on need none.
     gate: Arc<Semaphore>,
     standing: watch::Sender<Standing>,
+    /// Another gateway has the volume, which only the proof finds out; the next open takes it back.
+    over: Arc<AtomicBool>,
 }
 
 impl Engine for Gated {
@@ -254,6 +257,13 @@ impl Engine for Gated {
             run_since: Epoch::new(5),
             on_unavailable: OnUnavailable::Wait,
         }
+    }
+
+    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>> {
+        if self.over.load(Ordering::Acquire) {
+            self.standing.send_modify(|now| now.lost = true);
+        }
+        Box::pin(std::future::ready(Ok(())))
     }
 
     fn standing(&self) -> watch::Receiver<Standing> {
@@ -282,8 +292,12 @@ struct One(Arc<Gated>);
 impl Opener for One {
     fn open<'a>(&'a self, _: &'a VolumeName, _: Wanted) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
         let (log, gate) = (Arc::clone(&self.0.log), Arc::clone(&self.0.gate));
-        let standing = self.0.standing.clone();
-        Box::pin(async move { Ok(Arc::new(Gated { log, gate, standing }) as Arc<dyn Engine>) })
+        let over = Arc::clone(&self.0.over);
+        let standing = match over.swap(false, Ordering::AcqRel) {
+            true => watch::Sender::new(Standing { size: SIZE, lost: false }),
+            false => self.0.standing.clone(),
+        };
+        Box::pin(async move { Ok(Arc::new(Gated { log, gate, standing, over }) as Arc<dyn Engine>) })
     }
 
     fn stop(&self) {}
@@ -299,7 +313,8 @@ struct Bench {
 impl Bench {
     fn new(requests: usize, grace: Duration) -> Self {
         let standing = watch::Sender::new(Standing { size: SIZE, lost: false });
-        let engine = Arc::new(Gated { log: Arc::default(), gate: Arc::new(Semaphore::new(0)), standing });
+        let (log, gate, over) = (Arc::default(), Arc::new(Semaphore::new(0)), Arc::default());
+        let engine = Arc::new(Gated { log, gate, standing, over });
         let metrics = Arc::new(Metrics::new(&mut Default::default()));
         let leaving = CancellationToken::new();
         let limits = SessionLimits { requests, bytes: 64 << 20, grace };
@@ -372,6 +387,23 @@ async fn a_link_from_before_another_gateway_had_the_volume_is_refused() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn a_link_that_begins_does_not_join_a_session_that_is_over() {
+    let bench = Bench::new(16, Duration::from_secs(60));
+    let mut first = bench.link(1, Mode::Open).await;
+    bench.engine.over.store(true, Ordering::Release);
+    // One that resumes is not held up by a metadata server that may be away.
+    let mut resumed = bench.link(2, RESUME).await;
+    assert_eq!(resumed.ask(1000, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
+    let mut second = bench.link(3, Mode::Open).await;
+    assert_eq!(second.ask(1001, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
+    for lost in [&mut first, &mut resumed] {
+        assert_eq!(lost.next().await, Some((Message::Lost, Vec::new())));
+    }
+    assert_eq!(second.ask(1002, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
+    assert!(bench.log().contains(&("close", 0)), "{:?}", bench.log());
 }
 
 #[tokio::test]

@@ -109,6 +109,23 @@ fn by_force_the_first_is_fenced_with_all_that_it_had_on_its_way() {
 }
 
 #[test]
+fn by_force_it_comes_back_though_the_first_has_not_heard_of_its_loss() {
+    let Lab { cluster, first, _other, other_socket } = Lab::new();
+    let second = Export::start_by_force(cluster.dir(), &other_socket, "disk").expect("takes the volume");
+    let mut new = Connection::open(&second.socket, "disk", RECOVERY_LIMIT).expect("connects");
+    write(&mut new, HELD, 1);
+    drop(second);
+    // At once, before the first gateway has renewed its lease: it still has links of its lost session.
+    let third =
+        Export::start_by_force(cluster.dir(), &cluster.gateway_socket(), "disk").expect("takes it back");
+    let mut newest = Connection::open(&third.socket, "disk", RECOVERY_LIMIT).expect("connects");
+    assert_eq!(read(&mut newest, HELD), 1);
+    write(&mut newest, HELD, 2);
+    assert_eq!(read(&mut newest, HELD), 2);
+    drop(first);
+}
+
+#[test]
 fn what_waited_for_a_gateway_does_not_land_on_what_another_one_wrote() {
     let Lab { mut cluster, first, _other, other_socket } = Lab::new();
     let mut old = Connection::open(&first.socket, "disk", RECOVERY_LIMIT).expect("connects");

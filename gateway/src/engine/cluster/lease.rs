@@ -5,7 +5,7 @@
 //! Called by the cluster engine.
 
 use super::Volume;
-use spline_client::{ClusterClient, Renewal, SessionState};
+use spline_client::{ClusterClient, MetaError, Renewal, SessionState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -89,24 +89,33 @@ impl Leases {
                 () = self.stopped.cancelled() => return,
             }
             let (held, _) = self.held();
-            let sessions: Vec<_> = held.iter().map(|volume| (volume.id, volume.epoch())).collect();
-            if sessions.is_empty() {
+            if held.is_empty() {
                 continue;
             }
-            match self.client.renew(&self.gateway, &sessions).await {
-                Ok(renewal) => {
+            match self.renew(&held).await {
+                Ok(()) => {
                     if std::mem::take(&mut away) {
-                        info!(sessions = sessions.len(), "leases are renewed again");
+                        info!(sessions = held.len(), "leases are renewed again");
                     }
-                    self.apply(&held, &renewal);
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut away, true) {
-                        warn!(%error, sessions = sessions.len(), "leases can not be renewed; io goes on");
+                        warn!(%error, sessions = held.len(), "leases can not be renewed; io goes on");
                     }
                 }
             }
         }
+    }
+
+    /// Renews the leases of some sessions now; those that are lost are told so.
+    ///
+    /// # Errors
+    /// If no metadata server answers.
+    pub(super) async fn renew(&self, held: &[Arc<Volume>]) -> Result<(), MetaError> {
+        let sessions: Vec<_> = held.iter().map(|volume| (volume.id, volume.epoch())).collect();
+        let renewal = self.client.renew(&self.gateway, &sessions).await?;
+        self.apply(held, &renewal);
+        Ok(())
     }
 
     fn apply(&self, held: &[Arc<Volume>], renewal: &Renewal) {
