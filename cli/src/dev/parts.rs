@@ -14,11 +14,15 @@ use spline_mds::Mds;
 use spline_process::metrics::{self, Endpoint};
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 /// How often the cluster is asked whether it is ready.
 const ASK_EVERY: Duration = Duration::from_millis(25);
+
+/// Why a part can not go on, once it can not.
+type Wait<'a> = Pin<Box<dyn Future<Output = String> + 'a>>;
 
 /// The running parts.
 pub struct Parts {
@@ -64,15 +68,13 @@ impl Parts {
 
     /// Waits until a part can not go on, and says which and why.
     pub async fn failed(&self) -> String {
-        let mut waits: Vec<_> = self
-            .chunkservers
-            .iter()
-            .map(|chunkserver| {
-                Box::pin(async move {
-                    format!("chunkserver={}: {}", chunkserver.id(), chunkserver.failed().await)
-                })
-            })
-            .collect();
+        let mds: Wait<'_> = Box::pin(async { format!("metadata server: {}", self.mds.failed().await) });
+        let chunkservers = self.chunkservers.iter().map(|chunkserver| -> Wait<'_> {
+            Box::pin(
+                async move { format!("chunkserver={}: {}", chunkserver.id(), chunkserver.failed().await) },
+            )
+        });
+        let mut waits: Vec<_> = std::iter::once(mds).chain(chunkservers).collect();
         poll_fn(|context| {
             let mut polls = waits.iter_mut().map(|wait| wait.as_mut().poll(context));
             polls.find(Poll::is_ready).unwrap_or(Poll::Pending)

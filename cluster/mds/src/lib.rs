@@ -108,6 +108,12 @@ impl Mds {
         self.address
     }
 
+    /// Waits until this server can not go on, and says why: its log has failed, so that nothing can be changed or looked up
+    /// any more. The process should end; a new start recovers what the log holds.
+    pub async fn failed(&self) -> String {
+        format!("write-ahead log failed: {}", self.host.failed().await)
+    }
+
     /// Stops serving, within a limit, and closes the log and the tables.
     pub async fn shutdown(self) {
         self.stop.send_replace(true);

@@ -6,6 +6,11 @@ use spline_mds::{Config, Mds};
 use spline_process::{CommonFlags, metrics, signals};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+/// How long a shutdown may take after the log has failed: the disk may hang.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Metadata server of a Spline cluster: volumes, sessions, placement
 #[derive(Parser)]
@@ -56,8 +61,27 @@ fn main() -> anyhow::Result<()> {
     let mds = runtime.block_on(Mds::start(config, &mut registry))?;
     let _metrics = metrics_listen.map(|listen| metrics::serve(listen, registry)).transpose()?;
     let _announced = flags.common.announce(&format!("metadata on {}", mds.address()))?;
-    stop.wait();
-    tracing::info!("stopping");
-    runtime.block_on(mds.shutdown());
-    Ok(())
+    let stop = {
+        let _inside = runtime.enter();
+        UnixStream::from_std(stop.into_socket()?)?
+    };
+    let failed = runtime.block_on(async {
+        tokio::select! {
+            _ = stop.readable() => None,
+            why = mds.failed() => Some(why),
+        }
+    });
+    let Some(why) = failed else {
+        tracing::info!("stopping");
+        runtime.block_on(mds.shutdown());
+        return Ok(());
+    };
+    tracing::error!(why, "metadata server can not go on and ends: check the disk, then start it again");
+    // What hangs on the disk must not keep the process.
+    let shutdown = runtime.spawn(mds.shutdown());
+    if runtime.block_on(async { tokio::time::timeout(END_LIMIT, shutdown).await }).is_err() {
+        tracing::warn!("ending although the disk does not let go");
+    }
+    runtime.shutdown_background();
+    anyhow::bail!(why)
 }
