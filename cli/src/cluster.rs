@@ -92,7 +92,7 @@ fn human(status: &ClusterStatus, all_copysets: bool) -> String {
 
 fn copysets(shown: &[&Copyset]) -> String {
     table(
-        &["copyset", "state", "leader", "members", "term"],
+        &["copyset", "state", "leader", "members", "term", "reason"],
         &[0, 2, 4],
         shown.iter().map(|copyset| {
             let members: Vec<String> = copyset.members.iter().map(ToString::to_string).collect();
@@ -102,6 +102,7 @@ fn copysets(shown: &[&Copyset]) -> String {
                 copyset.leader.map_or_else(|| "-".into(), |leader| leader.to_string()),
                 members.join(","),
                 copyset.term.to_string(),
+                copyset.reason.clone().unwrap_or_default(),
             ]
         }),
     )
@@ -118,6 +119,7 @@ mod tests {
             leader: None,
             term: 1,
             state: state.into(),
+            reason: (state != "healthy").then(|| "chunkserver 3 is down".into()),
         };
         ClusterStatus {
             cluster_id: "c".into(),
@@ -142,6 +144,7 @@ mod tests {
     fn only_troubled_copysets_are_listed_unless_asked() {
         let text = human(&status(), false);
         assert!(text.contains("1 of 2 copysets healthy"), "{text}");
+        assert!(text.contains("  chunkserver 3 is down\n"), "{text}");
         assert!(text.contains("degraded") && !text.contains("\n      1  healthy"), "{text}");
         assert!(human(&status(), true).lines().count() > text.lines().count());
     }

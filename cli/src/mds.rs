@@ -108,6 +108,8 @@ pub struct Copyset {
     pub term: u64,
     /// `healthy`, `degraded` or `unavailable`.
     pub state: String,
+    /// Why it is not healthy.
+    pub reason: Option<String>,
 }
 
 /// A connection to the metadata server.
@@ -270,5 +272,6 @@ fn chunkserver(pb: pb::ChunkserverStatus) -> Chunkserver {
 
 fn copyset(pb: pb::CopysetStatus) -> Copyset {
     let leader = (pb.leader != 0).then_some(pb.leader);
-    Copyset { id: pb.id, members: pb.members, leader, term: pb.term, state: pb.state }
+    let reason = Some(pb.reason).filter(|reason| !reason.is_empty());
+    Copyset { id: pb.id, members: pb.members, leader, term: pb.term, state: pb.state, reason }
 }

@@ -61,6 +61,8 @@ pub struct CopysetReport {
     pub applied: u64,
     /// Index of the last entry.
     pub log_end: u64,
+    /// This replica has failed: it takes part in nothing until this process starts again.
+    pub stopped: bool,
     /// Voters; by the leader alone, like what follows.
     pub members: Vec<ChunkserverId>,
     /// Members without vote.
@@ -376,6 +378,7 @@ fn report_of(id: CopysetId, copyset: &Copyset, reclaims: Option<&BTreeSet<Volume
         term: status.term,
         applied: index(status.applied),
         log_end: index(status.last_log),
+        stopped: status.role == Role::Stopped,
         ..CopysetReport::default()
     };
     if report.leader {

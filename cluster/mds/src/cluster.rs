@@ -290,25 +290,48 @@ fn news(state: &MetaState, topology: &Topology, leading: &[ReplicaReport]) -> Ve
     commands
 }
 
-/// How well a copyset is: `healthy` (leader and all members up), `degraded` (a leader, but a member is not up) or
-/// `unavailable` (no leader).
-pub fn copyset_state(
+/// How well a copyset is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// `healthy` (a leader, and every member takes part), `degraded` (a leader, but a member does not take part) or
+    /// `unavailable` (no leader).
+    pub state: &'static str,
+    /// What is wrong, for people; empty if nothing is.
+    pub reason: String,
+}
+
+/// How well a copyset is, by what was reported last.
+pub fn health(
     state: &MetaState,
     topology: &Topology,
     id: CopysetId,
     copyset: &Copyset,
     now: Instant,
-) -> &'static str {
-    let is_up = |member: &ChunkserverId| {
-        state.chunkserver(*member).is_some_and(|server| {
-            server_state(server.gone, topology.is_up(server.id, now)) == ServerState::Up
-        })
-    };
-    match (topology.leader(id, now).is_some(), copyset.members.iter().all(is_up)) {
+) -> Health {
+    let mut wrong = Vec::new();
+    let led = topology.leader(id, now).is_some();
+    if !led {
+        wrong.push("no leader".to_owned());
+    }
+    for member in &copyset.members {
+        let server = state
+            .chunkserver(*member)
+            .map_or(ServerState::Gone, |server| server_state(server.gone, topology.is_up(server.id, now)));
+        match server {
+            ServerState::Up if topology.has_stopped(id, *member) => {
+                wrong
+                    .push(format!("replica on chunkserver {member} has stopped, see its log and restart it"));
+            }
+            ServerState::Up => {}
+            away => wrong.push(format!("chunkserver {member} is {}", away.name())),
+        }
+    }
+    let state = match (led, wrong.is_empty()) {
         (false, _) => "unavailable",
         (true, true) => "healthy",
         (true, false) => "degraded",
-    }
+    };
+    Health { state, reason: wrong.join("; ") }
 }
 
 fn levels(state: &MetaState, topology: &Topology, view: &View, sessions: usize, now: Instant) -> Levels {
@@ -319,7 +342,7 @@ fn levels(state: &MetaState, topology: &Topology, view: &View, sessions: usize, 
         copysets.insert(name, 0);
     }
     for (id, copyset) in state.copysets() {
-        *copysets.entry(copyset_state(state, topology, id, copyset, now)).or_insert(0) += 1;
+        *copysets.entry(health(state, topology, id, copyset, now).state).or_insert(0) += 1;
     }
     let replacing = view.copysets.iter().filter(|copyset| copyset.replacing.is_some()).count();
     Levels {

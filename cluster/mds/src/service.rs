@@ -4,7 +4,7 @@
 //! [`crate::refusal`]. Must never know: how anything is decided.
 
 use crate::cluster::orders::{self, Orders};
-use crate::cluster::{Cluster, copyset_state};
+use crate::cluster::{Cluster, Health, health};
 use crate::context::Context;
 use crate::refusal::Refusal;
 use crate::scheduler::Operator;
@@ -334,6 +334,7 @@ fn replica_report(report: pb::CopysetReport) -> ReplicaReport {
         learners: ids(report.learners),
         usage: report.usage.iter().map(|usage| (VolumeId::new(usage.volume_id), usage.bytes)).collect(),
         reclaimed: report.reclaimed_volumes.into_iter().map(VolumeId::new).collect(),
+        stopped: report.stopped,
     }
 }
 
@@ -426,12 +427,16 @@ fn status_reply(state: &MetaState, topology: &Topology, now: Instant) -> pb::Sta
             version: report.version,
         }
     });
-    let copysets = state.copysets().map(|(id, copyset)| pb::CopysetStatus {
-        id: id.get(),
-        members: raw(&copyset.members),
-        leader: topology.leader(id, now).map_or(0, |leader| leader.chunkserver.get()),
-        term: topology.term(id),
-        state: copyset_state(state, topology, id, copyset, now).to_owned(),
+    let copysets = state.copysets().map(|(id, copyset)| {
+        let Health { state: word, reason } = health(state, topology, id, copyset, now);
+        pb::CopysetStatus {
+            id: id.get(),
+            members: raw(&copyset.members),
+            leader: topology.leader(id, now).map_or(0, |leader| leader.chunkserver.get()),
+            term: topology.term(id),
+            state: word.to_owned(),
+            reason,
+        }
     });
     pb::StatusReply {
         cluster_id: state.cluster().to_owned(),

@@ -6,7 +6,7 @@
 //! Must never know: the log, the network, generated types.
 
 use spline_types::{ChunkserverId, CopysetId, VolumeId};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 /// One chunkserver's report.
@@ -43,6 +43,8 @@ pub struct ReplicaReport {
     pub usage: Vec<(VolumeId, u64)>,
     /// Deleted volumes of which nothing is left in the copyset, from leaders.
     pub reclaimed: Vec<VolumeId>,
+    /// It has failed and takes part in nothing.
+    pub stopped: bool,
 }
 
 /// What is known of a chunkserver.
@@ -97,12 +99,21 @@ pub struct Topology {
     servers: HashMap<ChunkserverId, Liveness>,
     leaders: HashMap<CopysetId, Leader>,
     usage: HashMap<CopysetId, BTreeMap<VolumeId, u64>>,
+    /// Replicas that their chunkservers reported as stopped, by chunkserver.
+    stopped: HashMap<ChunkserverId, BTreeSet<CopysetId>>,
 }
 
 impl Topology {
     /// Nothing heard yet; `started` is when listening began.
     pub fn new(down_after: Duration, started: Instant) -> Self {
-        Self { started, down_after, servers: HashMap::new(), leaders: HashMap::new(), usage: HashMap::new() }
+        Self {
+            started,
+            down_after,
+            servers: HashMap::new(),
+            leaders: HashMap::new(),
+            usage: HashMap::new(),
+            stopped: HashMap::new(),
+        }
     }
 
     /// A chunkserver was heard without a report: it registered.
@@ -118,9 +129,14 @@ impl Topology {
 
     /// A chunkserver reported.
     pub fn report(&mut self, id: ChunkserverId, mut heartbeat: Heartbeat, now: Instant) {
+        let mut stopped = BTreeSet::new();
         for replica in std::mem::take(&mut heartbeat.replicas) {
+            if replica.stopped {
+                stopped.insert(replica.copyset);
+            }
             self.report_replica(id, replica);
         }
+        self.stopped.insert(id, stopped);
         self.seen(id, now);
         if let Some(server) = self.servers.get_mut(&id) {
             server.report = Some(heartbeat);
@@ -139,6 +155,11 @@ impl Topology {
         } else if known.is_some_and(|leader| leader.chunkserver == id && leader.term <= replica.term) {
             self.leaders.remove(&replica.copyset);
         }
+    }
+
+    /// Whether a chunkserver said last that its replica of a copyset has stopped.
+    pub fn has_stopped(&self, copyset: CopysetId, id: ChunkserverId) -> bool {
+        self.stopped.get(&id).is_some_and(|stopped| stopped.contains(&copyset))
     }
 
     /// What is known of a chunkserver; `None` if it was not heard since this process started.

@@ -289,6 +289,19 @@ async fn copysets_are_created_bootstrapped_once_and_routed() {
     assert!(status.copysets.iter().all(|copyset| copyset.state == "healthy"));
     assert_eq!(status.chunkservers.iter().map(|server| server.leaders).collect::<Vec<_>>(), [4, 4, 4]);
     assert_eq!(lab.try_heartbeat(77, 7077, Vec::new()).await, Err(Code::NotFound));
+    // A replica that has stopped on a chunkserver that is up.
+    let (copyset, member) = (&status.copysets[0], status.copysets[0].members[1]);
+    let replica = |stopped| pb::CopysetReport { id: copyset.id, stopped, ..Default::default() };
+    lab.heartbeat(member, 7000 + member as u16, vec![replica(true)]).await;
+    let status = lab.cluster.status(pb::StatusRequest {}).await.expect("status").into_inner();
+    let expected = format!("replica on chunkserver {member} has stopped, see its log and restart it");
+    assert_eq!((status.copysets[0].state.as_str(), &status.copysets[0].reason), ("degraded", &expected));
+    assert!(
+        status.copysets[1..].iter().all(|copyset| copyset.state == "healthy" && copyset.reason.is_empty())
+    );
+    lab.heartbeat(member, 7000 + member as u16, vec![replica(false)]).await;
+    let status = lab.cluster.status(pb::StatusRequest {}).await.expect("status").into_inner();
+    assert_eq!((status.copysets[0].state.as_str(), status.copysets[0].reason.as_str()), ("healthy", ""));
     lab.mds.shutdown().await;
 }
 

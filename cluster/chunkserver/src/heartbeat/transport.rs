@@ -107,6 +107,7 @@ fn copyset_of(report: CopysetReport) -> pb::CopysetReport {
         term: report.term,
         applied_index: report.applied,
         log_end_index: report.log_end,
+        stopped: report.stopped,
         members: ids(report.members),
         learners: ids(report.learners),
         usage: (report.usage.into_iter())
