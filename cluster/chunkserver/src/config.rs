@@ -41,7 +41,8 @@ pub struct Config {
     pub raft_heartbeat_ms: u64,
     /// Shortest silence after which a follower stands for election, milliseconds.
     pub election_min_ms: u64,
-    /// Longest such silence, and the leader's lease, milliseconds.
+    /// Longest such silence, and the leader's lease, milliseconds. The same on all chunkservers of a cluster: the first one
+    /// that registers decides for good.
     pub election_max_ms: u64,
     /// Log that a copyset may have past its checkpoint, such as `64M`; more: it is checkpointed.
     pub checkpoint_log: String,

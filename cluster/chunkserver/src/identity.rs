@@ -13,7 +13,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::state_machine::meta::replace_file;
 
 /// Versions of the data directory, newest first.
-pub const VERSIONS: [u32; 1] = [
+pub const VERSIONS: [u32; 2] = [
+    2, // identity.json names the cluster's election time
     1, // identity.json, raft/, pool/, copysets/, addresses.json
 ];
 const IDENTITY: &str = "identity.json";
@@ -32,6 +33,9 @@ pub struct Identity {
     pub chunkserver_id: u32,
     /// The cluster it belongs to; empty: not asked yet.
     pub cluster_id: String,
+    /// The cluster's `election_max_ms`, with which it registered; 0: not asked yet, or not kept, in version 1.
+    #[serde(default)]
+    pub election_max_ms: u64,
 }
 
 /// A locked data directory.
@@ -64,17 +68,36 @@ impl DataDir {
         Ok(Self { path: path.to_owned(), _lock: lock, identity })
     }
 
-    /// The id, if the metadata server has given one.
-    pub fn id(&self) -> Option<ChunkserverId> {
-        (self.identity.chunkserver_id != 0).then(|| ChunkserverId::new(self.identity.chunkserver_id))
+    /// The id, if the metadata server has given one for this election time.
+    ///
+    /// # Errors
+    /// If it was given for another one: the lease reads of the other chunkservers rest on it.
+    pub fn id(&self, election_max_ms: u64) -> anyhow::Result<Option<ChunkserverId>> {
+        let Identity { chunkserver_id, election_max_ms: cluster, .. } = self.identity;
+        if chunkserver_id == 0 || cluster == 0 {
+            return Ok(None);
+        }
+        anyhow::ensure!(
+            cluster == election_max_ms,
+            "election_max_ms is not the one that the cluster was made with, set it to the cluster's: \
+             election_max_ms={election_max_ms} cluster={cluster}"
+        );
+        Ok(Some(ChunkserverId::new(chunkserver_id)))
     }
 
-    /// Remembers the id that the metadata server gave.
+    /// Remembers the id that the metadata server gave, and the election time that it agreed to.
     ///
     /// # Errors
     /// If the disk fails.
-    pub fn registered(&mut self, id: ChunkserverId, cluster: &str) -> anyhow::Result<()> {
+    pub fn registered(
+        &mut self,
+        id: ChunkserverId,
+        cluster: &str,
+        election_max_ms: u64,
+    ) -> anyhow::Result<()> {
+        self.identity.format = VERSIONS[0];
         self.identity.chunkserver_id = id.get();
+        self.identity.election_max_ms = election_max_ms;
         cluster.clone_into(&mut self.identity.cluster_id);
         save(&self.path, &self.identity)
     }
@@ -103,7 +126,13 @@ impl DataDir {
 fn format(path: &Path) -> anyhow::Result<Identity> {
     let store_uuid = fs::read_to_string("/proc/sys/kernel/random/uuid").context("no random uuid")?;
     let store_uuid = store_uuid.trim().to_owned();
-    let identity = Identity { format: VERSIONS[0], store_uuid, chunkserver_id: 0, cluster_id: String::new() };
+    let identity = Identity {
+        format: VERSIONS[0],
+        store_uuid,
+        chunkserver_id: 0,
+        cluster_id: String::new(),
+        election_max_ms: 0,
+    };
     save(path, &identity)?;
     Ok(identity)
 }
@@ -135,13 +164,16 @@ mod tests {
     fn a_directory_keeps_its_identity_and_its_lock() {
         let dir = tempfile::tempdir().expect("tempdir");
         let mut first = DataDir::open(dir.path()).expect("formats");
-        assert_eq!(first.id(), None);
+        assert_eq!(first.id(1000).expect("not asked"), None);
         assert!(DataDir::open(dir.path()).is_err());
-        first.registered(ChunkserverId::new(7), "c").expect("saves");
+        first.registered(ChunkserverId::new(7), "c", 1000).expect("saves");
         let identity = first.identity.clone();
         drop(first);
         let again = DataDir::open(dir.path()).expect("opens");
-        assert_eq!((again.id(), &again.identity), (Some(ChunkserverId::new(7)), &identity));
+        let id = again.id(1000).expect("the cluster's election time");
+        assert_eq!((id, &again.identity), (Some(ChunkserverId::new(7)), &identity));
+        let refused = again.id(2000).expect_err("another election time").to_string();
+        assert!(refused.contains("election_max_ms=2000 cluster=1000"), "{refused}");
     }
 
     #[test]
@@ -157,11 +189,17 @@ mod tests {
     }
 
     #[test]
-    fn the_format_of_version_1_and_strangers() {
+    fn the_formats_of_versions_1_and_2_and_strangers() {
         let golden = br#"{"format":1,"store_uuid":"u","chunkserver_id":3,"cluster_id":"c"}"#;
-        assert_eq!(parse(golden).expect("parses").chunkserver_id, 3);
-        let newer = parse(br#"{"format":2,"more":1}"#).expect_err("refused");
-        assert!(format!("{newer}").contains("format=2"));
+        let old = parse(golden).expect("parses");
+        assert_eq!((old.chunkserver_id, old.election_max_ms), (3, 0), "it registers again");
+        let golden =
+            br#"{"format":2,"store_uuid":"u","chunkserver_id":3,"cluster_id":"c","election_max_ms":1000}"#;
+        let new = parse(golden).expect("parses");
+        assert_eq!((new.chunkserver_id, new.election_max_ms), (3, 1000));
+        assert_eq!(serde_json::to_vec(&new).expect("writes"), golden);
+        let newer = parse(br#"{"format":3,"more":1}"#).expect_err("refused");
+        assert!(format!("{newer}").contains("format=3"));
         assert!(parse(b"{").is_err());
     }
 }

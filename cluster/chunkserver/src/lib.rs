@@ -27,7 +27,7 @@ use anyhow::Context;
 use copyset::{ServerState, node_of};
 use copysets::{Copysets, count_chunk_files};
 use heartbeat::Heartbeat;
-use heartbeat::transport::MdsClient;
+use heartbeat::transport::{MdsClient, RegisterError};
 use identity::DataDir;
 use metrics::Metrics;
 use prometheus_client::registry::Registry;
@@ -172,28 +172,30 @@ fn is_corrupt(error: &RaftError) -> bool {
     matches!(inner, Some(WalError::Corrupt { .. }))
 }
 
-/// The directory's id; a new directory asks for one until it gets it.
+/// The directory's id; a new directory asks for one until it gets it, or is refused for good.
 async fn register(
     config: &Config,
     data: &mut DataDir,
     address: SocketAddr,
     mds: &mut MdsClient,
 ) -> anyhow::Result<ChunkserverId> {
-    if let Some(id) = data.id() {
+    let election_max_ms = config.election_max_ms;
+    if let Some(id) = data.id(election_max_ms)? {
         return Ok(id);
     }
     let address = address.to_string();
     let mut told = false;
     loop {
-        match mds.register(&address, &config.zone, &data.identity.store_uuid).await {
+        match mds.register(&address, &config.zone, &data.identity.store_uuid, election_max_ms).await {
             Ok((id, cluster)) => {
-                data.registered(id, &cluster)?;
+                data.registered(id, &cluster, election_max_ms)?;
                 tracing::info!(chunkserver = %id, cluster, "registered with the metadata server");
                 return Ok(id);
             }
+            Err(error @ RegisterError::Refused(_)) => return Err(error.into()),
             Err(error) if !told => {
                 told = true;
-                tracing::warn!(error, mds = ?config.mds, "new data directory waits for a metadata server");
+                tracing::warn!(%error, mds = ?config.mds, "new data directory waits for a metadata server");
             }
             Err(_) => {}
         }

@@ -64,6 +64,10 @@ impl Cluster for Mds {
         request: Request<pb::RegisterRequest>,
     ) -> Result<Response<pb::RegisterReply>, Status> {
         let request = request.into_inner();
+        let default = Config::default().election_max_ms;
+        if request.election_max_ms != default {
+            return Err(Status::failed_precondition(format!("not the cluster's: cluster={default}")));
+        }
         let mut state = self.state.lock().expect("test");
         let next = state.ids.len() as u32 + 1;
         let id = *state.ids.entry(request.store_uuid).or_insert(next);
@@ -223,6 +227,33 @@ async fn io_fencing_restart_and_a_lost_server() {
     for server in servers {
         server.shutdown().await;
     }
+}
+
+/// Lease reads rest on one election time: a chunkserver with another one does not start, whether it is new or not.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_election_time_than_the_clusters_ends_the_start() {
+    let mds = Mds::new(1);
+    let (at, serving) = mds.serve("127.0.0.1:0").await;
+    let dir = tempfile::tempdir().expect("tempdir");
+    let longer = Config {
+        data_dir: dir.path().to_owned(),
+        listen: "127.0.0.1:0".into(),
+        mds: vec![at.to_string()],
+        spare_chunks: 2,
+        election_max_ms: 5000,
+        ..Config::default()
+    };
+    let start_longer = || async {
+        let started = Chunkserver::start(longer.clone(), &mut Registry::default()).await;
+        format!("{:#}", started.err().expect("is refused"))
+    };
+    let refused = start_longer().await;
+    assert!(refused.contains("does not take this chunkserver: not the cluster's: cluster=1000"), "{refused}");
+    start(dir.path(), at, "127.0.0.1:0").await.shutdown().await;
+    // From here on it knows by itself.
+    serving.abort();
+    let refused = start_longer().await;
+    assert!(refused.contains("election_max_ms=5000 cluster=1000"), "{refused}");
 }
 
 /// A process that may not write its log any more ends, and says why.

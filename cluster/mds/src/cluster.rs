@@ -57,14 +57,21 @@ impl Cluster {
     /// Gives a store its id, the same one each time, and the cluster's id.
     ///
     /// # Errors
-    /// `Invalid` for texts that do not fit, `NoSpace` for one chunkserver too many.
+    /// `Invalid` for texts that do not fit, `Precondition` for an election time that is not the cluster's, `NoSpace` for
+    /// one chunkserver too many.
     pub async fn register(
         &self,
         store_uuid: &str,
         address: &str,
         zone: &str,
+        election_max_ms: u64,
     ) -> Result<(ChunkserverId, String), Refusal> {
         check_address(address)?;
+        if election_max_ms == 0 {
+            return Err(Refusal::precondition(format!(
+                "chunkserver does not tell its election_max_ms, upgrade it: address={address}"
+            )));
+        }
         check_text("store_uuid", store_uuid)?;
         check_text("zone", zone)?;
         let count = self.context.ledger.read(|state| {
@@ -78,6 +85,7 @@ impl Cluster {
             store_uuid: store_uuid.to_owned(),
             address: address.to_owned(),
             zone: zone.to_owned(),
+            election_max_ms,
             now_ms: unix_ms(),
         };
         let id = match self.context.ledger.propose(command).await? {

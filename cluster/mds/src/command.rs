@@ -13,7 +13,7 @@ use spline_types::{
 
 /// Versions of the encoding, newest first. An unknown one is refused.
 ///
-/// - 2: opening a session may resume one.
+/// - 2: opening a session may resume one; chunkservers register with their election time.
 /// - 1: the first.
 pub const COMMAND_VERSIONS: &[u32] = &[2, 1];
 
@@ -126,6 +126,10 @@ pub enum Command {
         address: String,
         /// Its failure zone.
         zone: String,
+        /// Longest silence before its replicas stand for election, and a leader's lease, milliseconds; 0: not told, in
+        /// version 1.
+        #[serde(default)]
+        election_max_ms: u64,
         /// Wall clock, milliseconds since 1970.
         now_ms: u64,
     },

@@ -236,8 +236,10 @@ impl pb::cluster_server::Cluster for Service {
     ) -> Result<Response<pb::RegisterReply>, Status> {
         let asked = request.into_inner();
         self.serve("cluster.register", async {
-            let (id, cluster_id) =
-                self.cluster.register(&asked.store_uuid, &asked.address, &asked.zone).await?;
+            let (id, cluster_id) = self
+                .cluster
+                .register(&asked.store_uuid, &asked.address, &asked.zone, asked.election_max_ms)
+                .await?;
             Ok(pb::RegisterReply { chunkserver_id: id.get(), cluster_id })
         })
         .await

@@ -56,7 +56,8 @@ impl MetaState {
             Command::AllocateSegment { volume, epoch, index, copysets } => {
                 self.allocate_segment(*volume, *epoch, *index, copysets)
             }
-            Command::RegisterChunkserver { store_uuid, address, zone, now_ms } => {
+            Command::RegisterChunkserver { store_uuid, address, zone, election_max_ms, now_ms } => {
+                self.one_election_time(address, *election_max_ms)?;
                 self.register_chunkserver(store_uuid, address, zone, *now_ms)
             }
             Command::MoveChunkserver { chunkserver, address } => self.move_chunkserver(*chunkserver, address),

@@ -16,7 +16,7 @@ use std::path::Path;
 
 /// Formats of the tables, newest first. An unknown one is refused.
 ///
-/// - 2: a volume's row names its run of sessions.
+/// - 2: a volume's row names its run of sessions, the counters the cluster's election time.
 /// - 1: the first. Its rows are read, and written as the newest when they change.
 pub const FORMATS: &[u32] = &[2, 1];
 

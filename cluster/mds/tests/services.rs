@@ -101,12 +101,23 @@ impl Lab {
     }
 
     async fn register(&mut self, store: &str, port: u16, zone: &str) -> u32 {
+        self.try_register(store, port, zone, 1000).await.expect("registers")
+    }
+
+    async fn try_register(
+        &mut self,
+        store: &str,
+        port: u16,
+        zone: &str,
+        election_max_ms: u64,
+    ) -> Result<u32, tonic::Status> {
         let request = pb::RegisterRequest {
             address: format!("127.0.0.1:{port}"),
             zone: zone.into(),
             store_uuid: store.into(),
+            election_max_ms,
         };
-        self.cluster.register(request).await.expect("registers").into_inner().chunkserver_id
+        Ok(self.cluster.register(request).await?.into_inner().chunkserver_id)
     }
 
     async fn heartbeat(
@@ -302,6 +313,23 @@ async fn copysets_are_created_bootstrapped_once_and_routed() {
     lab.heartbeat(member, 7000 + member as u16, vec![replica(false)]).await;
     let status = lab.cluster.status(pb::StatusRequest {}).await.expect("status").into_inner();
     assert_eq!((status.copysets[0].state.as_str(), status.copysets[0].reason.as_str()), ("healthy", ""));
+    lab.mds.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_chunkserver_with_another_election_time_is_refused() {
+    let dir = tempfile::tempdir().expect("directory");
+    let mut lab = Lab::start(config(dir.path())).await;
+    assert_eq!(lab.register("store1", 7001, "z1").await, 1);
+    for (time, says) in [(2000, "election_max_ms=2000 cluster=1000"), (0, "upgrade it")] {
+        let refused = lab.try_register("store2", 7002, "z2", time).await.expect_err("differs");
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        assert!(refused.message().contains(says), "{}", refused.message());
+    }
+    lab.mds.shutdown().await;
+    let mut lab = Lab::start(config(dir.path())).await;
+    lab.try_register("store2", 7002, "z2", 2000).await.expect_err("it is kept");
+    assert_eq!(lab.register("store2", 7002, "z2").await, 2);
     lab.mds.shutdown().await;
 }
 

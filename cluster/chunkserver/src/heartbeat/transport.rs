@@ -7,12 +7,24 @@ use spline_rpc::mds::cluster_client::ClusterClient;
 use spline_rpc::mds::{self as pb, operator::Change};
 use spline_types::{ChunkserverId, CopysetId, VolumeId};
 use std::time::Duration;
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 /// Time for a connection: the next server is tried after it.
 const CONNECT: Duration = Duration::from_secs(1);
 /// Time for an answer: a little more than two heartbeats, so that a slow leader is not asked twice.
 const ANSWER: Duration = Duration::from_millis(2500);
+
+/// Why a directory got no id.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// It can not be part of this cluster as it is configured: this process should end.
+    #[error("the metadata server does not take this chunkserver: {0}")]
+    Refused(String),
+    /// It may be had later.
+    #[error("{0}")]
+    Unavailable(String),
+}
 
 /// The metadata servers, of which one at a time is talked to.
 pub struct MdsClient {
@@ -36,16 +48,26 @@ impl MdsClient {
         address: &str,
         zone: &str,
         store_uuid: &str,
-    ) -> Result<(ChunkserverId, String), String> {
+        election_max_ms: u64,
+    ) -> Result<(ChunkserverId, String), RegisterError> {
         let (address, zone, store_uuid) = (address.to_owned(), zone.to_owned(), store_uuid.to_owned());
-        let request = pb::RegisterRequest { address, zone, store_uuid };
+        let request = pb::RegisterRequest { address, zone, store_uuid, election_max_ms };
+        let mut refused = None;
         let reply = match self.client() {
-            Ok(client) => client.register(request).await.map_err(|status| status.to_string()),
+            Ok(client) => client.register(request).await.map_err(|status| {
+                if status.code() == Code::FailedPrecondition {
+                    refused = Some(status.message().to_owned());
+                }
+                status.to_string()
+            }),
             Err(error) => Err(error),
         };
-        let reply = self.judge(reply)?;
+        let reply = self.judge(reply).map_err(|error| match refused {
+            Some(why) => RegisterError::Refused(why),
+            None => RegisterError::Unavailable(error),
+        })?;
         if reply.chunkserver_id == 0 {
-            return Err("the metadata server gave id 0".into());
+            return Err(RegisterError::Unavailable("the metadata server gave id 0".into()));
         }
         Ok((ChunkserverId::new(reply.chunkserver_id), reply.cluster_id))
     }

@@ -65,9 +65,10 @@ fn golden() -> Vec<(Command, &'static str)> {
                 store_uuid: "u-1".into(),
                 address: "10.0.0.1:6800".into(),
                 zone: "z1".into(),
+                election_max_ms: 1000,
                 now_ms: 6,
             },
-            r#"{"v":2,"command":{"register_chunkserver":{"store_uuid":"u-1","address":"10.0.0.1:6800","zone":"z1","now_ms":6}}}"#,
+            r#"{"v":2,"command":{"register_chunkserver":{"store_uuid":"u-1","address":"10.0.0.1:6800","zone":"z1","election_max_ms":1000,"now_ms":6}}}"#,
         ),
         (
             Command::MoveChunkserver { chunkserver: ChunkserverId::new(2), address: "10.0.0.2:6800".into() },

@@ -41,6 +41,22 @@ impl MetaState {
         Ok(Answer::Chunkserver(id))
     }
 
+    /// A lease read is right only if no follower of the leader gives it up sooner than the lease lasts: all
+    /// chunkservers must agree on that time. The first one decides.
+    pub(super) fn one_election_time(&mut self, address: &str, election_max_ms: u64) -> Result<(), Refusal> {
+        let cluster = &mut self.counters.election_max_ms;
+        if *cluster == 0 && election_max_ms != 0 {
+            *cluster = election_max_ms;
+            self.changed.insert(Key::Counters);
+        } else if election_max_ms != 0 && election_max_ms != *cluster {
+            return Err(Refusal::precondition(format!(
+                "chunkserver has another election_max_ms than the cluster, set it to the cluster's: address={address} \
+                 election_max_ms={election_max_ms} cluster={cluster}"
+            )));
+        }
+        Ok(())
+    }
+
     pub(super) fn move_chunkserver(&mut self, id: ChunkserverId, address: &str) -> Outcome {
         match self.chunkservers.get(&id) {
             None => return Err(Refusal::not_found(format!("no such chunkserver: id={id}"))),

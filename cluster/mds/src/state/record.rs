@@ -17,6 +17,9 @@ pub struct Counters {
     pub last_volume: u64,
     /// The last chunkserver id given out; ids are never reused.
     pub last_chunkserver: u32,
+    /// Every chunkserver's `election_max_ms`; 0 before the first registered.
+    #[serde(default)]
+    pub election_max_ms: u64,
 }
 
 /// A volume.

@@ -36,6 +36,7 @@ fn register(store: u32, port: u32) -> Command {
         store_uuid: format!("store{store}"),
         address: format!("127.0.0.1:{port}"),
         zone: format!("z{store}"),
+        election_max_ms: 1000,
         now_ms: 1,
     }
 }
@@ -331,4 +332,24 @@ fn a_volume_row_of_format_1_is_read() {
     let golden = r#"{"id":1,"name":"v1","size":1073741824,"block_size":4096,"on_unavailable":"wait","created_ms":1,"epoch":4,"session":{"gateway":"g","since_ms":1},"run":{"gateway":"g","since":4}}"#;
     let row = state.row(Key::Volume(volume)).expect("there");
     assert_eq!(String::from_utf8_lossy(&row), golden, "format 2");
+}
+
+#[test]
+fn all_chunkservers_have_one_election_time() {
+    let with = |store, time| match register(store, 6800 + store) {
+        Command::RegisterChunkserver { store_uuid, address, zone, now_ms, .. } => {
+            Command::RegisterChunkserver { store_uuid, address, zone, election_max_ms: time, now_ms }
+        }
+        other => other,
+    };
+    let mut state = MetaState::default();
+    state.apply(&with(1, 0)).expect("logged by version 1");
+    state.apply(&with(2, 1500)).expect("the first that tells decides");
+    state.apply(&with(3, 1500)).expect("agrees");
+    let before = state.clone();
+    let refused = state.apply(&with(4, 1000)).expect_err("differs");
+    assert_eq!(refused.kind, RefusalKind::Precondition);
+    assert!(refused.message.contains("election_max_ms=1000 cluster=1500"), "{refused}");
+    assert_eq!(state, before, "a refusal changes nothing");
+    state.apply(&with(3, 1000)).expect_err("nor may it change");
 }
