@@ -2,7 +2,8 @@
 //!
 //! Called by `network` ([`send`]) and by `network::receive` ([`Inbound`]). The contents are the user's.
 //! The receiver says which items it still needs, so a transfer that broke goes on where it was. `bounded`: a few items
-//! are on the way at once, and all transfers of a host share one budget of bytes per second.
+//! are on the way at once, all transfers of a host share one budget of bytes per second, and one whose sender is silent
+//! is given up.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +30,10 @@ const ITEMS_IN_FLIGHT: usize = 4;
 const ITEM_LIMIT: Duration = Duration::from_secs(30);
 /// Longest wait for the end: the receiver syncs everything.
 const FINISH_LIMIT: Duration = Duration::from_secs(120);
+
+/// A transfer of which nothing was heard for this long is given up: its sender waits far less between two items, even
+/// with many transfers in one budget.
+const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 
 const REPLACED: &str = "this snapshot transfer was replaced by another";
 const INSTALLING: &str = "another snapshot is being installed, try again";
@@ -133,9 +138,24 @@ struct Transfer {
     vote: Vote,
     meta: SnapshotMeta,
     sink: Box<dyn SnapshotSink>,
+    /// When something of it was last heard.
+    heard: tokio::time::Instant,
 }
 
 impl Inbound {
+    /// Gives up a transfer whose sender is silent: what it holds (memory, files, room promised on the disk) is wanted
+    /// elsewhere. What was received may still be of use to the next one. Does not wait.
+    pub(crate) fn drop_silent(&self) {
+        // Locked: something is being done with it.
+        let Ok(mut slot) = self.slot.try_lock() else { return };
+        if let Some(gone) = slot.take_if(|transfer| transfer.heard.elapsed() > SILENCE_LIMIT) {
+            tracing::warn!(
+                session = gone.session,
+                "sender of a snapshot is silent, the transfer is given up"
+            );
+        }
+    }
+
     pub(crate) async fn begin(
         &self,
         member: &Arc<Member>,
@@ -159,7 +179,7 @@ impl Inbound {
         };
         match sink.begin(manifest).await {
             Ok(items) => {
-                *slot = Some(Transfer { session, vote, meta, sink });
+                *slot = Some(Transfer { session, vote, meta, sink, heard: tokio::time::Instant::now() });
                 Reply::Needs(items)
             }
             Err(error) => Reply::Refused(error.to_string()),
@@ -171,7 +191,9 @@ impl Inbound {
         let Some(transfer) = slot.as_mut().filter(|transfer| transfer.session == session) else {
             return Reply::Refused(REPLACED.to_owned());
         };
-        match transfer.sink.write(item, data).await {
+        let written = transfer.sink.write(item, data).await;
+        transfer.heard = tokio::time::Instant::now();
+        match written {
             Ok(()) => Reply::ItemWritten,
             Err(error) => {
                 *slot = None;
@@ -235,7 +257,25 @@ mod tests {
 
     fn transfer(session: u64) -> Transfer {
         let vote = Vote { leader_id: LeaderId { term: 1, node_id: 1 }, committed: true };
-        Transfer { session, vote, meta: SnapshotMeta::default(), sink: Box::new(Nowhere) }
+        let heard = tokio::time::Instant::now();
+        Transfer { session, vote, meta: SnapshotMeta::default(), sink: Box::new(Nowhere), heard }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_transfer_whose_sender_is_silent_is_given_up() {
+        let inbound = Inbound::default();
+        *inbound.free().await.expect("nothing is there yet") = Some(transfer(1));
+        tokio::time::advance(SILENCE_LIMIT).await;
+        inbound.drop_silent();
+        let written = inbound.item(1, 0, Bytes::new()).await;
+        assert_eq!(written, Reply::ItemWritten, "its time is not over");
+        tokio::time::advance(SILENCE_LIMIT).await;
+        inbound.drop_silent();
+        assert!(inbound.slot.lock().await.is_some(), "the item was heard");
+        tokio::time::advance(Duration::from_millis(1)).await;
+        inbound.drop_silent();
+        assert!(inbound.slot.lock().await.is_none());
+        assert_eq!(inbound.item(1, 0, Bytes::new()).await, Reply::Refused(REPLACED.to_owned()));
     }
 
     #[tokio::test]
