@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::ClientWriteError;
 use openraft::impls::EmptyNode;
-use openraft::{ChangeMembers, RaftMetrics, ServerState};
+use openraft::{ChangeMembers, ServerState};
 
 use crate::command::{Answer, GroupId, LogCommand, LogPosition, NodeId};
 use crate::error::{ProposeError, RaftError};
 use crate::member::Member;
-use crate::types::{LeaderId, TypeConfig, position, proposer};
+use crate::types::{LeaderId, position, proposer};
 use crate::wal::Wal;
 
 /// Longest wait for a transfer of leadership to be seen done.
@@ -104,6 +104,10 @@ fn held_lease(member: &Member) -> Option<LeaderId> {
     if !is_ready || member.transferring.load(Ordering::Acquire) == leader.term {
         return None;
     }
+    // The cached state may lag behind a vote that this replica has given: that is on disk before it counts.
+    if member.log.vote().is_none_or(|vote| vote.leader_id != leader) {
+        return None;
+    }
     // Alone, no lease is needed: nobody can be elected without this node's vote.
     let is_alone = || {
         let mut voters = raft.membership_config.voter_ids();
@@ -112,14 +116,8 @@ fn held_lease(member: &Member) -> Option<LeaderId> {
     if !member.has_grown.load(Ordering::Acquire) && is_alone() {
         return Some(leader);
     }
-    let acked = quorum_heard(member, &raft)?;
+    let acked = member.quorum_heard(&raft)?;
     (acked.elapsed() < member.timing.read_lease()).then_some(leader)
-}
-
-/// The moment since which a majority has accepted the present leadership.
-fn quorum_heard(member: &Member, raft: &RaftMetrics<TypeConfig>) -> Option<Instant> {
-    let configs = raft.membership_config.membership().get_joint_config();
-    member.acks.quorum(raft.vote.leader_id, member.node, configs, Instant::now())
 }
 
 impl Group {
@@ -208,7 +206,7 @@ impl Group {
         let limit = member.timing.election_min;
         member.replica.read_round(limit).await?;
         let is_heard =
-            || quorum_heard(member, &member.raft.borrow_watched()).is_some_and(|heard| heard >= begun);
+            || member.quorum_heard(&member.raft.borrow_watched()).is_some_and(|heard| heard >= begun);
         tokio::time::timeout(limit, member.acks.until(is_heard)).await.map_err(drop)
     }
 

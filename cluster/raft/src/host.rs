@@ -22,7 +22,7 @@ use crate::member::{Member, Timing};
 use crate::metrics::Metrics;
 use crate::network::acks::Acks;
 use crate::network::peers::Peers;
-use crate::network::{Factory, receive};
+use crate::network::{Factory, beats, receive};
 use crate::pulse;
 use crate::replica::Replica;
 use crate::snapshot::Throttle;
@@ -85,11 +85,13 @@ impl std::fmt::Debug for RaftHost {
 }
 
 pub(crate) struct HostState {
-    node: NodeId,
+    pub(crate) node: NodeId,
     pub(crate) timing: Timing,
     pub(crate) checkpoint_log_bytes: u64,
     pub(crate) wal: Wal,
     pub(crate) peers: Arc<Peers>,
+    /// Wakes the clock before its time: there is a group that it does not know.
+    pub(crate) wake: Arc<tokio::sync::Notify>,
     metrics: Arc<Metrics>,
     throttle: Arc<Throttle>,
     openraft: Arc<Config>,
@@ -163,6 +165,7 @@ impl RaftHost {
             checkpoint_log_bytes: config.checkpoint_log_bytes,
             wal,
             peers: Arc::new(Peers::new(metrics.clone())),
+            wake: Arc::default(),
             metrics,
             throttle: Arc::new(Throttle::new(config.snapshot_bytes_per_second)),
             openraft,
@@ -198,6 +201,7 @@ impl RaftHost {
         let member = Member::new(id, host.node, replica, log, acks, host.timing, host.metrics.clone());
         let member = Arc::new(member);
         host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
+        host.wake.notify_one();
         Ok(Group { member, wal: host.wal.clone() })
     }
 
@@ -234,6 +238,14 @@ impl RaftHost {
     pub async fn handle(&self, frame: Frame, replies: &FrameSender) {
         let number = frame.request;
         match Request::from_frame(frame) {
+            Ok((_, Request::Beats { leader, beats })) => {
+                let reply = {
+                    let members = self.0.members.read().unwrap_or_else(PoisonError::into_inner);
+                    beats::receive(&members, leader, &beats)
+                };
+                // A full queue means that the peer does not read; it gets no promise then.
+                let _ = replies.try_send(reply.into_frame(number));
+            }
             Ok((id, request)) => match self.0.member(id) {
                 Some(member) => receive::dispatch(member, request, number, replies.clone()),
                 None => {

@@ -5,8 +5,9 @@
 //! Must never know: what a command means, chunk files, volumes, the MDS.
 //!
 //! Modules in the order in which a proposal meets them: [`group`] → `member` → `replica` (openraft) → `log_store` →
-//! [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock, `snapshot` moves whole
-//! states, `codec` holds the encodings, `types` openraft's parameters; [`command`] and [`error`] are the vocabulary.
+//! [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock, `promise` what
+//! followers owe their leader, `snapshot` moves whole states, `codec` holds the encodings, `types` openraft's parameters;
+//! [`command`] and [`error`] are the vocabulary.
 
 pub mod command;
 pub mod error;
@@ -20,6 +21,7 @@ mod log_store;
 mod member;
 mod metrics;
 mod network;
+mod promise;
 mod pulse;
 mod replica;
 mod snapshot;

@@ -1,24 +1,23 @@
 //! One replica as this host keeps it: the running raft, its log, and what it has promised about leases.
 //!
-//! Called by `host`, `pulse`, `network::receive`, `group`. Owns the rule that makes lease reads safe across restarts:
-//! openraft forgets a follower's lease when the process restarts, so here a replica that starts with a vote for an
-//! established leader gives nobody else a vote, nor stands itself, until a full lease has passed since the start. The
-//! old leader itself may be elected at once: the lease is its own.
+//! Called by `host`, `pulse`, `network::receive`, `group`. Votes pass through here, so that the [`Promise`] to the leader
+//! is kept; a leader that a majority still hears keeps its own vote back too.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver;
+use openraft::{RaftMetrics, ServerState};
 
 use crate::command::{GroupId, NodeId};
 use crate::log_store::LogStore;
 use crate::metrics::Metrics;
 use crate::network::acks::Acks;
+use crate::promise::Promise;
 use crate::replica::Replica;
 use crate::snapshot::Inbound;
-use crate::types::{MetricsReceiver, VoteRequest, VoteResponse};
+use crate::types::{LeaderId, MetricsReceiver, TypeConfig, VoteRequest, VoteResponse};
 
 /// How elections and leases are timed; the same on all nodes.
 #[derive(Clone, Copy, Debug)]
@@ -48,10 +47,7 @@ pub(crate) struct Member {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) inbound: Inbound,
     pub(crate) started: Instant,
-    /// The leader to which the vote on disk was committed at the start.
-    promised: Option<NodeId>,
-    /// Milliseconds after `started` at which a leader was last heard; 0 is never.
-    heard: AtomicU64,
+    pub(crate) promise: Promise,
     /// The term in which leadership was handed away: its lease must not be used any more.
     pub(crate) transferring: AtomicU64,
     /// Once other voters were added, a single voter's rule (no lease needed) never applies again in this run.
@@ -74,8 +70,7 @@ impl Member {
         timing: Timing,
         metrics: Arc<Metrics>,
     ) -> Member {
-        let vote = log.vote();
-        let promised = vote.filter(|vote| vote.committed).map(|vote| NodeId(vote.leader_id.node_id));
+        let promise = Promise::new(timing.lease, log.vote());
         Member {
             id,
             node,
@@ -87,8 +82,7 @@ impl Member {
             metrics,
             inbound: Inbound::default(),
             started: Instant::now(),
-            promised,
-            heard: AtomicU64::new(0),
+            promise,
             transferring: AtomicU64::new(u64::MAX),
             has_grown: AtomicBool::new(false),
             round: tokio::sync::Mutex::new(()),
@@ -98,27 +92,42 @@ impl Member {
         }
     }
 
-    /// A leader's message was accepted now.
-    pub(crate) fn heard_leader(&self) {
-        let now = self.started.elapsed().as_millis() as u64;
-        self.heard.store(now.max(1), Ordering::Relaxed);
+    /// The moment since which a majority has accepted the present leadership, as `raft` shows it.
+    pub(crate) fn quorum_heard(&self, raft: &RaftMetrics<TypeConfig>) -> Option<Instant> {
+        let configs = raft.membership_config.membership().get_joint_config();
+        self.acks.quorum(raft.vote.leader_id, self.node, configs, Instant::now())
     }
 
-    pub(crate) fn heard(&self) -> u64 {
-        self.heard.load(Ordering::Relaxed)
+    /// Whether this replica leads and a majority has heard so within a lease. openraft asks this before it votes, but
+    /// does not know of heartbeats.
+    fn leads(&self) -> bool {
+        let raft = self.raft.borrow_watched();
+        raft.state == ServerState::Leader
+            && self.quorum_heard(&raft).is_some_and(|heard| heard.elapsed() < self.timing.lease)
     }
 
-    /// When the last lease ends that this replica has granted to another node, as far as this process knows.
-    pub(crate) fn lease_of_others(&self) -> Option<Instant> {
-        if let heard @ 1.. = self.heard() {
-            return Some(self.started + Duration::from_millis(heard + 1) + self.timing.lease);
+    /// Answers a heartbeat: whether this replica follows `leader` and knows all that is committed (`committed`: the last
+    /// such index and one). True is a promise.
+    pub(crate) fn hears(&self, leader: LeaderId, committed: u64) -> bool {
+        if self.stopped.load(Ordering::Acquire) {
+            return false;
         }
-        self.promised.filter(|leader| *leader != self.node).map(|_| self.started + self.timing.lease)
+        let is_level = {
+            let raft = self.raft.borrow_watched();
+            let known = raft.local_committed.as_ref().map_or(0, |id| id.index + 1);
+            raft.running_state.is_ok() && known >= committed
+        };
+        is_level && self.promise.beat(leader, || self.log.vote())
     }
 
-    fn withholds(&self, candidate: NodeId) -> bool {
-        let from_before = self.heard() == 0 && self.promised.is_some_and(|leader| leader != candidate);
-        from_before && self.started.elapsed() < self.timing.lease
+    /// Whether leadership of `term` was handed away.
+    pub(crate) fn is_handing_over(&self, term: u64) -> bool {
+        self.transferring.load(Ordering::Acquire) == term
+    }
+
+    fn withheld(&self) -> String {
+        self.metrics.votes_withheld.inc();
+        format!("vote withheld while a leader has its lease, group={}", self.id)
     }
 
     /// True if `candidate` is the leader this replica follows, so that the lease in the way is the candidate's own.
@@ -128,21 +137,21 @@ impl Member {
 
     pub(crate) async fn vote(&self, mut request: VoteRequest) -> Result<VoteResponse, String> {
         let candidate = NodeId(request.vote.leader_id.node_id);
-        if !request.leadership_transfer {
-            if self.withholds(candidate) {
-                self.metrics.votes_withheld.inc();
-                return Err(format!("vote withheld until an earlier leader's lease ends, group={}", self.id));
-            }
-            request.leadership_transfer = self.is_own_lease(candidate);
+        let handed_over = request.leadership_transfer;
+        if (!handed_over && self.leads()) || !self.promise.vote_begins(candidate, handed_over) {
+            return Err(self.withheld());
         }
-        self.replica.vote(request).await
+        request.leadership_transfer |= self.is_own_lease(candidate);
+        let answer = self.replica.vote(request).await;
+        // Not if this task was dropped before: the core may still grant the vote.
+        self.promise.vote_ended();
+        answer
     }
 
     pub(crate) async fn pre_vote(&self, request: VoteRequest) -> Result<VoteResponse, String> {
         let candidate = NodeId(request.vote.leader_id.node_id);
-        if self.withholds(candidate) {
-            self.metrics.votes_withheld.inc();
-            return Err(format!("vote withheld until an earlier leader's lease ends, group={}", self.id));
+        if self.leads() || self.promise.withholds(candidate) {
+            return Err(self.withheld());
         }
         if self.is_own_lease(candidate) {
             let (newer, last) = {

@@ -1,10 +1,11 @@
 //! The peers as openraft sees them: one client per group and peer, all over one connection per peer.
 //!
 //! Called by openraft's replication, heartbeat, vote and snapshot tasks. [`peers`] holds the connections, [`stream`]
-//! the pipelined appends, `crate::snapshot` the transfer of states, [`receive`] the other side.
+//! the pipelined appends, [`beats`] the heartbeats, `crate::snapshot` the transfer of states, [`receive`] the other side.
 //! `bounded`: a stream has at most [`stream::WINDOW_MESSAGES`] unanswered messages; a silent connection is cut.
 
 pub(crate) mod acks;
+pub(crate) mod beats;
 pub(crate) mod peers;
 pub(crate) mod receive;
 pub(crate) mod stream;

@@ -1,7 +1,8 @@
 //! What raft peers say to each other, as frames. Pure.
 //!
 //! Called by `network`. A message is the meta of a `RaftRequest` or `RaftReply` frame; bulk bytes are its payload.
-//! Request: version u8 | message u8 | group u32 | body. Reply: version u8 | reply u8 | body. Append's body: vote |
+//! Request: version u8 | message u8 | group u32 | body. Reply: version u8 | reply u8 | body. Beats' body: leader u64; its
+//! payload: beats; the answer's payload: groups u32 …; its group is 0 and means nothing. Append's body: vote |
 //! optional previous position | optional commit | headers' bytes u32 | entries u32 { header u32 | meta u32 | payload
 //! u32 } …; its payload: all entry headers, then all command metas, then the command payloads, each in order.
 
@@ -11,7 +12,7 @@ use spline_wire::{Frame, Kind};
 use super::{
     DecodeError, Reader, decode_entry, encode_entry, put_optional_log_id, put_stored, put_vote, stored,
 };
-use crate::command::{GroupId, LogCommand};
+use crate::command::{GroupId, LogCommand, NodeId};
 use crate::types::{AppendRequest, Entry, SnapshotMeta, TransferRequest, Vote, VoteRequest, VoteResponse};
 
 /// Versions of the peer messages, newest first.
@@ -20,12 +21,25 @@ pub(crate) const MESSAGE_VERSION: u8 = 1;
 
 /// Most entries of one append message: the table of its meta stays far below the frame's 64 KiB (`bounded`).
 pub(crate) const ENTRIES_MAX: u64 = 1024;
+/// Most groups of one [`Request::Beats`]: eighty kilobytes (`bounded`).
+pub(crate) const BEATS_MAX: usize = 4096;
+/// Bytes of a [`Beat`]: group u32 | term u64 | committed u64.
+const BEAT_BYTES: usize = 20;
 /// Most items a snapshot may list.
 const ITEMS_MAX: usize = 1 << 20;
 /// Longest reason in a refusal, bytes.
 const REASON_MAX: usize = 512;
 
-/// A request to one group of a peer.
+/// A leader's heartbeat for one of its groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Beat {
+    pub(crate) group: GroupId,
+    pub(crate) term: u64,
+    /// Index of the last committed entry and one; 0 is none.
+    pub(crate) committed: u64,
+}
+
+/// A request to one group of a peer, or heartbeats for many.
 #[derive(Clone, Debug)]
 pub(crate) enum Request {
     Append(AppendRequest),
@@ -35,6 +49,7 @@ pub(crate) enum Request {
     SnapshotBegin { vote: Vote, session: u64, meta: SnapshotMeta, manifest: Bytes },
     SnapshotItem { session: u64, item: u32, data: Bytes },
     SnapshotFinish { session: u64 },
+    Beats { leader: NodeId, beats: Vec<Beat> },
 }
 
 /// A peer's answer.
@@ -58,6 +73,8 @@ pub(crate) enum Reply {
     Installed(Vote),
     /// Not carried out, with a reason for the log.
     Refused(String),
+    /// Beats: accepted but for these groups.
+    Heard { refused: Vec<GroupId> },
 }
 
 impl Request {
@@ -93,6 +110,16 @@ impl Request {
                 payload.push(data);
             }
             Request::SnapshotFinish { session } => meta.put_u64_le(session),
+            Request::Beats { leader, beats } => {
+                meta.put_u64_le(leader.0);
+                let mut bytes = BytesMut::with_capacity(beats.len() * BEAT_BYTES);
+                for beat in beats {
+                    bytes.put_u32_le(beat.group.0);
+                    bytes.put_u64_le(beat.term);
+                    bytes.put_u64_le(beat.committed);
+                }
+                payload.push(bytes.freeze());
+            }
         }
         Frame { kind: Kind::RaftRequest, request, meta: meta.freeze(), payload }
     }
@@ -106,6 +133,7 @@ impl Request {
             Request::SnapshotBegin { .. } => 5,
             Request::SnapshotItem { .. } => 6,
             Request::SnapshotFinish { .. } => 7,
+            Request::Beats { .. } => 8,
         }
     }
 
@@ -136,10 +164,37 @@ impl Request {
                 Request::SnapshotItem { session, item, data: payload }
             }
             7 => Request::SnapshotFinish { session: reader.u64("session")? },
+            8 => Request::Beats { leader: NodeId(reader.u64("leader")?), beats: beats(&payload)? },
             value => return Err(DecodeError::Value { what: "message", value: value.into() }),
         };
         Ok((group, request))
     }
+}
+
+fn beats(payload: &[u8]) -> Result<Vec<Beat>, DecodeError> {
+    if !payload.len().is_multiple_of(BEAT_BYTES) || payload.len() / BEAT_BYTES > BEATS_MAX {
+        return Err(DecodeError::Value { what: "beats", value: payload.len() as u64 });
+    }
+    let beat = |bytes| {
+        let mut reader = Reader(bytes);
+        let group = GroupId(reader.u32("group")?);
+        Ok(Beat { group, term: reader.u64("term")?, committed: reader.u64("committed")? })
+    };
+    payload.chunks_exact(BEAT_BYTES).map(beat).collect()
+}
+
+fn put_numbers(payload: &mut Vec<Bytes>, numbers: impl ExactSizeIterator<Item = u32>) {
+    let mut bytes = BytesMut::with_capacity(numbers.len() * 4);
+    numbers.for_each(|number| bytes.put_u32_le(number));
+    payload.push(bytes.freeze());
+}
+
+fn numbers(payload: &[u8], what: &'static str, most: usize) -> Result<Vec<u32>, DecodeError> {
+    if !payload.len().is_multiple_of(4) || payload.len() / 4 > most {
+        return Err(DecodeError::Value { what, value: payload.len() as u64 });
+    }
+    let number = |bytes: &[u8]| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    Ok(payload.chunks_exact(4).map(number).collect())
 }
 
 fn vote_request(reader: &mut Reader<'_>) -> Result<VoteRequest, DecodeError> {
@@ -224,11 +279,8 @@ impl Reply {
                 meta.put_u8(response.vote_granted.into());
                 put_optional_log_id(&mut meta, response.last_log_id.as_ref());
             }
-            Reply::Needs(items) => {
-                let mut bytes = BytesMut::with_capacity(items.len() * 4);
-                items.iter().for_each(|item| bytes.put_u32_le(*item));
-                payload.push(bytes.freeze());
-            }
+            Reply::Needs(items) => put_numbers(&mut payload, items.into_iter()),
+            Reply::Heard { refused } => put_numbers(&mut payload, refused.into_iter().map(|group| group.0)),
             Reply::Refused(reason) => {
                 let end = reason.floor_char_boundary(REASON_MAX);
                 meta.put_slice(&reason.as_bytes()[..end]);
@@ -248,6 +300,7 @@ impl Reply {
             Reply::ItemWritten => 7,
             Reply::Installed(_) => 8,
             Reply::Refused(_) => 9,
+            Reply::Heard { .. } => 10,
         }
     }
 
@@ -269,17 +322,14 @@ impl Reply {
                 })
             }
             5 => Reply::TransferTaken,
-            6 => {
-                let payload = frame.into_payload();
-                if !payload.len().is_multiple_of(4) || payload.len() / 4 > ITEMS_MAX {
-                    return Err(DecodeError::Value { what: "items", value: payload.len() as u64 });
-                }
-                let item = |bytes: &[u8]| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-                Reply::Needs(payload.chunks_exact(4).map(item).collect())
-            }
+            6 => Reply::Needs(numbers(&frame.into_payload(), "items", ITEMS_MAX)?),
             7 => Reply::ItemWritten,
             8 => Reply::Installed(reader.vote()?),
             9 => Reply::Refused(String::from_utf8_lossy(reader.0).into_owned()),
+            10 => {
+                let refused = numbers(&frame.into_payload(), "groups", BEATS_MAX)?;
+                Reply::Heard { refused: refused.into_iter().map(GroupId).collect() }
+            }
             value => return Err(DecodeError::Value { what: "reply", value: value.into() }),
         })
     }

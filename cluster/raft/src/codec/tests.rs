@@ -4,9 +4,9 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use spline_wire::{Frame, Kind};
 
-use super::message::{Reply, Request};
+use super::message::{Beat, Reply, Request};
 use super::*;
-use crate::command::GroupId;
+use crate::command::{GroupId, NodeId};
 use crate::types::{AppendRequest, SnapshotMeta, TransferRequest, VoteRequest, VoteResponse};
 
 fn id(term: u64, node: u64, index: u64) -> LogId {
@@ -87,6 +87,21 @@ fn golden_vote_messages() {
     assert_eq!(hex(&reply.meta), format!("0104{}{}010100", le(6), le(3)));
 }
 
+#[test]
+fn golden_beats() {
+    let request = Request::Beats { leader: NodeId(2), beats: vec![beat(7, 5, 0), beat(9, 6, 300)] };
+    let frame = request.into_frame(GroupId(0), 1);
+    assert_eq!(hex(&frame.meta), format!("0108{}{}", le4(0), le(2)));
+    let beats = [le4(7), le(5), le(0), le4(9), le(6), le(300)].concat();
+    assert_eq!(hex(&frame.into_payload()), beats);
+    let reply = Reply::Heard { refused: vec![GroupId(7)] }.into_frame(1);
+    assert_eq!((hex(&reply.meta), hex(&reply.into_payload())), ("010a".to_owned(), le4(7)));
+}
+
+fn beat(group: u32, term: u64, committed: u64) -> Beat {
+    Beat { group: GroupId(group), term, committed }
+}
+
 fn requests() -> Vec<Request> {
     let meta = SnapshotMeta {
         last_log_id: Some(id(5, 2, 9)),
@@ -101,6 +116,7 @@ fn requests() -> Vec<Request> {
         Request::SnapshotBegin { vote: vote(6, 3), session: 77, meta, manifest },
         Request::SnapshotItem { session: 77, item: 4, data: Bytes::from_static(b"data") },
         Request::SnapshotFinish { session: 77 },
+        Request::Beats { leader: NodeId(2), beats: vec![beat(7, 5, 0), beat(9, 6, 300)] },
     ]
 }
 
@@ -121,6 +137,7 @@ fn every_message_comes_back_as_it_went() {
         Reply::ItemWritten,
         Reply::Installed(vote(6, 3)),
         Reply::Refused("no such group".to_owned()),
+        Reply::Heard { refused: vec![GroupId(7), GroupId(9)] },
     ];
     for reply in replies {
         assert_eq!(Reply::from_frame(reply.clone().into_frame(1)).unwrap(), reply);
@@ -155,7 +172,7 @@ fn a_membership_of_nobody_survives_a_checkpoint() {
 proptest! {
     /// Foreign bytes are refused or read, never a panic; every prefix of a message too.
     #[test]
-    fn foreign_bytes_do_not_panic(meta in proptest::collection::vec(any::<u8>(), 0..200), which in 0..7usize, cut in 0..400usize) {
+    fn foreign_bytes_do_not_panic(meta in proptest::collection::vec(any::<u8>(), 0..200), which in 0..8usize, cut in 0..400usize) {
         let foreign = |meta: Bytes, payload| Frame { kind: Kind::RaftRequest, request: 1, meta, payload };
         let _ = Request::from_frame(foreign(meta.clone().into(), vec![Bytes::from_static(b"abc")]));
         let _ = Reply::from_frame(foreign(meta.into(), Vec::new()));

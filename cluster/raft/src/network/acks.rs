@@ -1,6 +1,7 @@
 //! How recently a majority has heard from this replica as leader: the clock under lease reads and read rounds.
 //!
-//! Told by `stream` of every message that a peer has accepted, with the moment before it was sent; asked by `group`.
+//! Told by `stream` and `beats` of every message that a peer has accepted, with the moment before it was sent; asked by
+//! `member` and `group`.
 //! openraft keeps such a clock too, but counts a message as accepted when a later-sent one is covered by the answer to
 //! an earlier one; a leader would then read under a lease that nobody has granted.
 
@@ -37,15 +38,22 @@ impl Acks {
     pub(crate) fn note(&self, peer: NodeId, leader: LeaderId, sent: Instant) {
         let mut heard = self.heard();
         let newest = heard.entry(peer).or_insert(Heard { leader, sent });
-        if newest.leader != leader || newest.sent < sent {
+        let rank = |leader: LeaderId| (leader.term, leader.node_id);
+        if (rank(newest.leader), newest.sent) < (rank(leader), sent) {
             *newest = Heard { leader, sent };
         }
         drop(heard);
         self.change.notify_waiters();
     }
 
+    /// Whether `peer` accepted a message of `leader` that was sent after `since`.
+    pub(crate) fn is_fresh(&self, peer: NodeId, leader: LeaderId, since: Instant) -> bool {
+        self.heard().get(&peer).is_some_and(|heard| heard.leader == leader && heard.sent > since)
+    }
+
     /// The latest moment at which every one of `configs` (two while membership changes) had a majority that accepts
-    /// `leader`, who is `me`; `None` if there was none yet. `now` is when a node hears itself.
+    /// `leader`, who is `me`; `None` if there was none yet, or if `me` is no longer in any: such a leader hands over
+    /// without a word to this clock. `now` is when a node hears itself.
     pub(crate) fn quorum(
         &self,
         leader: LeaderId,
@@ -53,6 +61,9 @@ impl Acks {
         configs: &[BTreeSet<u64>],
         now: Instant,
     ) -> Option<Instant> {
+        if !configs.iter().any(|voters| voters.contains(&me.0)) {
+            return None;
+        }
         let heard = self.heard();
         let sent = |node: &u64| match NodeId(*node) {
             node if node == me => Some(now),
@@ -114,5 +125,10 @@ mod tests {
         acks.note(NodeId(5), leader(5), at(15));
         assert_eq!(quorum(&joint, 5), Some(at(15)));
         assert_eq!(quorum(&[[1].into()], 9), Some(at(100)), "alone");
+        assert_eq!(quorum(&[[2, 3].into()], 5), None, "no longer a voter");
+        acks.note(NodeId(5), leader(4), at(90));
+        assert_eq!(quorum(&joint, 5), Some(at(15)), "a late answer to an older leadership");
+        assert!(acks.is_fresh(NodeId(5), leader(5), at(14)) && !acks.is_fresh(NodeId(5), leader(5), at(15)));
+        assert!(!acks.is_fresh(NodeId(5), leader(4), at(1)) && !acks.is_fresh(NodeId(7), leader(5), at(1)));
     }
 }

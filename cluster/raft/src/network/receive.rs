@@ -45,17 +45,18 @@ async fn carry_out(member: &Arc<Member>, request: Request) -> Reply {
     match request {
         Request::Append(append) => {
             member.metrics.appends_received.inc();
+            let (leader, begun) = (append.vote.leader_id, member.promise.append_begins());
             let answer = member.replica.append(append).await;
             match answer {
                 Ok(AppendEntriesResponse::Success) => {
-                    member.heard_leader();
+                    member.promise.accepted(leader, true, begun);
                     Reply::Appended
                 }
                 Ok(AppendEntriesResponse::PartialSuccess(_)) => {
                     Reply::Refused("append was cut short".to_owned())
                 }
                 Ok(AppendEntriesResponse::Conflict) => {
-                    member.heard_leader();
+                    member.promise.accepted(leader, false, begun);
                     Reply::Conflict
                 }
                 Ok(AppendEntriesResponse::HigherVote(vote)) => Reply::HigherVote(vote),
@@ -76,5 +77,7 @@ async fn carry_out(member: &Arc<Member>, request: Request) -> Reply {
             member.inbound.item(session, item, data).await
         }
         Request::SnapshotFinish { session } => member.inbound.finish(member, session).await,
+        // Answered by `beats`: they are for no single group.
+        Request::Beats { .. } => Reply::Refused("heartbeats are for a host".to_owned()),
     }
 }

@@ -4,6 +4,7 @@ mod machine;
 mod node;
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use node::{Node, dirs, introduce, leader, three, until, write};
 use spline_raft::{NodeId, ProposeError, Role};
@@ -53,6 +54,48 @@ fn acked_is_durable_when_all_hosts_die_at_once() {
         assert_eq!(nodes[at].shared.value(register).unwrap(), format!("value {}", 45 + register).as_str());
         assert_eq!(nodes[at].shared.writes(register), 10);
     }
+}
+
+/// The lease of the hosts here, which is the default.
+const LEASE: Duration = Duration::from_secs(1);
+
+#[test]
+fn an_idle_leader_keeps_its_lease_without_a_message_of_the_group() {
+    let dirs = dirs(3);
+    let nodes = three(&dirs);
+    let all: Vec<&Node> = nodes.iter().collect();
+    write(&all, 1, "one");
+    for node in &nodes {
+        until("a replica has the write", || (node.shared.value(1)? == "one").then_some(()));
+    }
+    let sent = || nodes.iter().map(|node| node.count("appends_sent")).sum::<u64>();
+    // A machine that stands still may cost the lease; then it is tried again.
+    until("three leases pass with the same leader and no append", || {
+        let (at, term, before) = (leader(&all), all[leader(&all)].group.status().term, sent());
+        let begun = Instant::now();
+        while begun.elapsed() < 3 * LEASE {
+            std::thread::sleep(LEASE / 50);
+        }
+        let group = nodes[at].group.clone();
+        let lease = nodes[at].run(async move { group.read_lease().await.ok() })?;
+        let is_leased = format!("{lease:?}").contains("by_lease: true");
+        (is_leased && nodes[at].group.status().term == term && sent() == before).then_some(())
+    });
+}
+
+#[test]
+fn a_follower_that_starts_into_an_idle_group_applies_what_is_committed() {
+    let dirs = dirs(3);
+    let mut nodes = three(&dirs);
+    write(&nodes.iter().collect::<Vec<_>>(), 1, "one");
+    let at = (leader(&nodes.iter().collect::<Vec<_>>()) + 1) % 3;
+    let gone = nodes.remove(at);
+    let id = gone.id;
+    let address = gone.kill();
+    let back = Node::start(dirs[at].path().to_owned(), id, Some(address));
+    nodes.push(back);
+    introduce(&nodes.iter().collect::<Vec<_>>());
+    until("the follower has the write", || (nodes[2].shared.value(1)? == "one").then_some(()));
 }
 
 #[test]

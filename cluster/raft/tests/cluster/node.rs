@@ -24,19 +24,32 @@ pub(crate) struct Node {
     pub(crate) group: Group,
     pub(crate) shared: Shared,
     pub(crate) host: RaftHost,
+    metrics: Registry,
     runtime: Option<Runtime>,
 }
 
 impl Node {
     /// Starts a host and its replica; the address is kept over restarts if given.
     pub(crate) fn start(dir: PathBuf, id: NodeId, address: Option<SocketAddr>) -> Node {
+        Node::start_with(dir, id, address, |_| {})
+    }
+
+    /// Like [`Node::start`], with changes to the configuration.
+    pub(crate) fn start_with(
+        dir: PathBuf,
+        id: NodeId,
+        address: Option<SocketAddr>,
+        change: impl FnOnce(&mut RaftConfig),
+    ) -> Node {
+        let mut config = RaftConfig::new(dir.join("raft"), id);
+        config.wal.segment_bytes = 4 << 20;
+        config.wal.spare_segments = 1;
+        change(&mut config);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let (address, group, shared, host) = runtime.block_on(async move {
-            let mut config = RaftConfig::new(dir.join("raft"), id);
-            config.wal.segment_bytes = 4 << 20;
-            config.wal.spare_segments = 1;
-            let host = RaftHost::open(config, &mut Registry::default()).await.unwrap();
+        let (address, group, shared, host, metrics) = runtime.block_on(async move {
+            let mut metrics = Registry::default();
+            let host = RaftHost::open(config, &mut metrics).await.unwrap();
             let machine = Machine::open(&dir.join("state"));
             let shared = machine.shared.clone();
             let group = host.start_group(GROUP, machine).await.unwrap();
@@ -44,9 +57,9 @@ impl Node {
             let listener = TcpListener::bind(listen).await.unwrap();
             let address = listener.local_addr().unwrap();
             tokio::spawn(serve(listener, host.clone()));
-            (address, group, shared, host)
+            (address, group, shared, host, metrics)
         });
-        Node { id, address, group, shared, host, runtime: Some(runtime) }
+        Node { id, address, group, shared, host, metrics, runtime: Some(runtime) }
     }
 
     /// Ends the host without a word and waits until its log is released.
@@ -70,6 +83,14 @@ impl Node {
         let group = self.group.clone();
         let answer = self.run(async move { group.propose(command).await })?;
         Ok(u64::from_le_bytes(answer.as_ref().try_into().unwrap()))
+    }
+
+    /// A counter of this host.
+    pub(crate) fn count(&self, name: &str) -> u64 {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.metrics).unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(&format!("spline_raft_{name}_total ")));
+        value.unwrap_or_else(|| panic!("no counter {name}")).parse().unwrap()
     }
 
     pub(crate) fn role(&self) -> Role {

@@ -1,0 +1,175 @@
+//! What a replica has promised: after it heard its leader, it gives nobody else a vote for the length of a lease.
+//!
+//! Asked and told by `member` (votes), `pulse` (own campaigns), `network::receive` (appends) and `network::beats`
+//! (heartbeats). Leaders read under this promise, so it must hold whatever the order of events. openraft keeps such a
+//! promise too, but only for messages that pass through its core; heartbeats do not (see `network::beats`).
+//!
+//! The rule that makes a heartbeat safe to accept: from the moment it is accepted until its lease has run out, no vote
+//! for another candidate, nor for this node itself, becomes durable. So it is accepted only if, under one lock,
+//! - the vote on disk is the leader's: no later vote was given;
+//! - no request for a vote is in openraft's core: it was let in when an earlier promise had run out, and may be granted;
+//! - no campaign of this node may be under way: none was asked for since an append of the leader was accepted that was
+//!   handed to the core after it. (Accepting an append ends a campaign; the core takes its messages in order.)
+//!
+//! A vote that a leader asks for by handing its leadership on breaks the promise: that leader has stopped reading under
+//! it before it asked. A restart forgets everything here: a replica that finds itself committed to a leader on disk
+//! starts as if it had heard that leader just now. The leader itself may be elected again at any time: the lease is its
+//! own.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::command::NodeId;
+use crate::types::{LeaderId, Vote};
+
+/// One replica's promise.
+pub(crate) struct Promise(Mutex<State>);
+
+impl Promise {
+    /// At the start, with the vote found on disk.
+    pub(crate) fn new(lease: Duration, durable: Option<Vote>) -> Promise {
+        Promise(Mutex::new(State::new(lease, durable, Instant::now())))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change is whole once it is made.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An append is about to be handed to the core. What is returned goes into [`Promise::accepted`].
+    pub(crate) fn append_begins(&self) -> Campaigns {
+        self.state().campaigns
+    }
+
+    /// The core accepted an append of `leader` (`matched`: and its log goes on from ours) that was begun at `begun`.
+    pub(crate) fn accepted(&self, leader: LeaderId, matched: bool, begun: Campaigns) {
+        self.state().accepted(leader, matched, begun, Instant::now());
+    }
+
+    /// A heartbeat of `leader`. True renews the promise. `durable` reads the vote on disk.
+    pub(crate) fn beat(&self, leader: LeaderId, durable: impl FnOnce() -> Option<Vote>) -> bool {
+        let now = Instant::now();
+        let mut state = self.state();
+        // Read under the lock: a vote that began and ended before it is on disk by now.
+        let durable = durable();
+        state.beat(leader, durable, now)
+    }
+
+    /// Whether `candidate` may not even be told that it would get a vote.
+    pub(crate) fn withholds(&self, candidate: NodeId) -> bool {
+        self.state().withholds(candidate, Instant::now())
+    }
+
+    /// True lets a request for a vote into the core; [`Promise::vote_ended`] must follow its answer, and only that.
+    pub(crate) fn vote_begins(&self, candidate: NodeId, handed_over: bool) -> bool {
+        self.state().vote_begins(candidate, handed_over, Instant::now())
+    }
+
+    /// The core has answered, and what it granted is on disk.
+    pub(crate) fn vote_ended(&self) {
+        self.state().votes -= 1;
+    }
+
+    /// Lets `ask` tell the core to stand for election, unless the promise forbids it. True if it was asked.
+    pub(crate) fn campaign(&self, me: NodeId, ask: impl FnOnce()) -> bool {
+        let mut state = self.state();
+        let may = state.campaign(me, Instant::now());
+        if may {
+            // Under the lock: an append that is begun after it is behind it in the core's queue.
+            ask();
+        }
+        may
+    }
+
+    /// Until when a leader heard in this run is not to be doubted, if that lies ahead.
+    pub(crate) fn quiet_until(&self) -> Option<Instant> {
+        let state = self.state();
+        Some(state.until).filter(|until| state.heard && *until > Instant::now())
+    }
+
+    /// When the promise to another node ends or ended; `None` if none is known.
+    pub(crate) fn to_others(&self, me: NodeId) -> Option<Instant> {
+        let state = self.state();
+        state.leader.filter(|leader| leader.node_id != me.0).map(|_| state.until)
+    }
+}
+
+/// How many campaigns this replica has asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Campaigns(u64);
+
+#[derive(Clone, Debug)]
+struct State {
+    lease: Duration,
+    /// The newest leader heard, or found on disk.
+    leader: Option<LeaderId>,
+    /// Until when nobody else gets a vote.
+    until: Instant,
+    /// A leader was heard in this run.
+    heard: bool,
+    /// The core follows `leader`, and no campaign was asked for since.
+    follows: bool,
+    campaigns: Campaigns,
+    /// Requests for votes that the core has not answered.
+    votes: u64,
+}
+
+impl State {
+    fn new(lease: Duration, durable: Option<Vote>, now: Instant) -> State {
+        let leader = durable.filter(|vote| vote.committed).map(|vote| vote.leader_id);
+        let campaigns = Campaigns::default();
+        State { lease, leader, until: now + lease, heard: false, follows: false, campaigns, votes: 0 }
+    }
+
+    fn accepted(&mut self, leader: LeaderId, matched: bool, begun: Campaigns, now: Instant) {
+        // The answer to an older leader's message may be late: the promise to the newer one stands.
+        if self.leader.is_some_and(|newest| rank(newest) > rank(leader)) {
+            return;
+        }
+        if self.leader != Some(leader) {
+            self.follows = false;
+        }
+        self.leader = Some(leader);
+        self.heard = true;
+        self.until = self.until.max(now + self.lease);
+        self.follows |= matched && begun == self.campaigns;
+    }
+
+    fn beat(&mut self, leader: LeaderId, durable: Option<Vote>, now: Instant) -> bool {
+        let is_ours = self.leader == Some(leader) && self.follows && self.votes == 0;
+        let is_durable = durable.is_some_and(|vote| vote.committed && vote.leader_id == leader);
+        if is_ours && is_durable {
+            self.until = self.until.max(now + self.lease);
+        }
+        is_ours && is_durable
+    }
+
+    fn withholds(&self, candidate: NodeId, now: Instant) -> bool {
+        now < self.until && self.leader.is_some_and(|leader| leader.node_id != candidate.0)
+    }
+
+    fn vote_begins(&mut self, candidate: NodeId, handed_over: bool, now: Instant) -> bool {
+        if !handed_over && self.withholds(candidate, now) {
+            return false;
+        }
+        self.votes += 1;
+        true
+    }
+
+    fn campaign(&mut self, me: NodeId, now: Instant) -> bool {
+        if self.withholds(me, now) {
+            return false;
+        }
+        self.follows = false;
+        self.campaigns.0 += 1;
+        true
+    }
+}
+
+/// Leaders in the order in which votes compare.
+fn rank(leader: LeaderId) -> (u64, u64) {
+    (leader.term, leader.node_id)
+}
+
+#[cfg(test)]
+mod tests;
