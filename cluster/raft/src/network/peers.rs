@@ -185,7 +185,12 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    fn start(node: NodeId, sender: FrameSender, receiver: FrameReceiver, metrics: Arc<Metrics>) -> Arc<Link> {
+    pub(super) fn start(
+        node: NodeId,
+        sender: FrameSender,
+        receiver: FrameReceiver,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Link> {
         let link = Arc::new(Link {
             sender,
             waiting: Mutex::default(),

@@ -2,8 +2,10 @@
 //!
 //! Called by `network` for replication streams and heartbeats. openraft pulls answers; pulling also sends what is ready.
 //!
-//! A message that only tells a new commit position is held back for a moment: the next entries carry it for nothing,
-//! and so do the heartbeats. Followers apply a little later for it; nobody waits for them.
+//! A message that only tells a new commit position is held back for a moment: the next entries carry it for nothing.
+//! Followers apply a little later for it; nobody waits for them.
+//!
+//! The first message of a stream goes alone: a peer that takes nothing now says so before it is sent a window full.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,6 +33,9 @@ const WINDOW_BYTES: usize = 8 << 20;
 
 /// How long a message without entries waits for one with entries, on a stream that goes on.
 const COMMIT_HOLD: Duration = Duration::from_millis(50);
+
+/// How long a stream to a peer that refuses is silent: its log takes nothing now, or the group is not there yet.
+const REFUSED_PAUSE: Duration = Duration::from_millis(300);
 
 type Answer = Result<StreamAppendResult<TypeConfig>, RpcError>;
 
@@ -60,6 +65,8 @@ struct Session<S> {
     reply_to: mpsc::UnboundedSender<(u64, Option<Frame>)>,
     sent: VecDeque<Sent>,
     bytes: usize,
+    /// The peer has accepted a message of this stream.
+    is_open: bool,
 }
 
 impl<S> Drop for Session<S> {
@@ -96,6 +103,7 @@ where
         reply_to,
         sent,
         bytes: 0,
+        is_open: false,
     };
     stream::unfold(Some(session), |session| async move {
         let mut session = session?;
@@ -111,6 +119,11 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
             if let Some(reply) = self.sent.front_mut().and_then(|first| first.reply.take()) {
                 let first = self.sent.pop_front()?;
                 self.bytes -= first.bytes;
+                self.is_open = true;
+                if matches!(reply, Reply::Refused(_)) {
+                    // openraft asks again soon, and sends a message each time.
+                    tokio::time::sleep(REFUSED_PAUSE).await;
+                }
                 return Some(answer(first, reply));
             }
             let is_due = self.input_ended || self.held.as_ref().is_some_and(|(_, at)| *at <= Instant::now());
@@ -123,8 +136,8 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
             if self.input_ended && self.sent.is_empty() {
                 return None;
             }
-            let room =
-                self.sent.len() < WINDOW_MESSAGES && (self.bytes < WINDOW_BYTES || self.sent.is_empty());
+            let fits = self.is_open && self.sent.len() < WINDOW_MESSAGES && self.bytes < WINDOW_BYTES;
+            let room = fits || self.sent.is_empty();
             let hold = self.held.as_ref().map(|(_, at)| *at);
             tokio::select! {
                 biased;
@@ -201,3 +214,6 @@ fn answer(sent: Sent, reply: Reply) -> Answer {
         (other, _) => Err(unexpected(other)),
     }
 }
+
+#[cfg(test)]
+mod tests;
