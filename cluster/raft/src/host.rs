@@ -21,6 +21,7 @@ use crate::log_store::LogStore;
 use crate::member::{Member, Timing};
 use crate::metrics::Metrics;
 use crate::network::acks::Acks;
+use crate::network::intake::Intake;
 use crate::network::peers::Peers;
 use crate::network::{Factory, beats, receive};
 use crate::pulse;
@@ -92,6 +93,7 @@ pub(crate) struct HostState {
     pub(crate) peers: Arc<Peers>,
     /// Wakes the clock before its time: there is a group that it does not know.
     pub(crate) wake: Arc<tokio::sync::Notify>,
+    intake: Arc<Intake>,
     metrics: Arc<Metrics>,
     throttle: Arc<Throttle>,
     openraft: Arc<Config>,
@@ -166,6 +168,8 @@ impl RaftHost {
             wal,
             peers: Arc::new(Peers::new(metrics.clone())),
             wake: Arc::default(),
+            // The other half of the log's queue is for what this host proposes as leader.
+            intake: Intake::new(config.wal.queue_bytes / 2),
             metrics,
             throttle: Arc::new(Throttle::new(config.snapshot_bytes_per_second)),
             openraft,
@@ -247,7 +251,9 @@ impl RaftHost {
                 let _ = replies.try_send(reply.into_frame(number));
             }
             Ok((id, request)) => match self.0.member(id) {
-                Some(member) => receive::dispatch(member, request, number, replies.clone()),
+                Some(member) => {
+                    receive::dispatch(member, request, number, replies.clone(), &self.0.intake);
+                }
                 None => {
                     receive::refuse(number, format!("raft group is not on this host group={id}"), replies)
                 }

@@ -3,7 +3,7 @@
 //! Called by `host`, `pulse`, `network::receive`, `group`. Votes pass through here, so that the [`Promise`] to the leader
 //! is kept; a leader that a majority still hears keeps its own vote back too.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,8 @@ pub(crate) struct Member {
     pub(crate) inbound: Inbound,
     pub(crate) started: Instant,
     pub(crate) promise: Promise,
+    /// Requests of peers that were taken and have not been answered.
+    pub(crate) unanswered: AtomicU32,
     /// The term in which leadership was handed away: its lease must not be used any more.
     pub(crate) transferring: AtomicU64,
     /// Once other voters were added, a single voter's rule (no lease needed) never applies again in this run.
@@ -83,6 +85,7 @@ impl Member {
             inbound: Inbound::default(),
             started: Instant::now(),
             promise,
+            unanswered: AtomicU32::new(0),
             transferring: AtomicU64::new(u64::MAX),
             has_grown: AtomicBool::new(false),
             round: tokio::sync::Mutex::new(()),

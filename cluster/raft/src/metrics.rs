@@ -20,6 +20,7 @@ pub(crate) struct Metrics {
     pub(crate) elections: Counter,
     pub(crate) votes_withheld: Counter,
     pub(crate) beats_refused: Counter,
+    pub(crate) requests_refused: Counter,
     pub(crate) checkpoints: Counter,
     pub(crate) snapshot_items_sent: Counter,
     pub(crate) snapshot_items_received: Counter,
@@ -49,6 +50,8 @@ impl Metrics {
                 "beats_refused",
                 "Heartbeats that a follower did not accept, sent again alone",
             ),
+            requests_refused: counter(
+                "requests_refused",
                 "Requests of peers refused: too many wait, or the log does",
             ),
             checkpoints: counter("checkpoints", "Checkpoints completed"),

@@ -2,10 +2,12 @@
 //!
 //! Called by openraft's replication, heartbeat, vote and snapshot tasks. [`peers`] holds the connections, [`stream`]
 //! the pipelined appends, [`beats`] the heartbeats, `crate::snapshot` the transfer of states, [`receive`] the other side.
-//! `bounded`: a stream has at most [`stream::WINDOW_MESSAGES`] unanswered messages; a silent connection is cut.
+//! `bounded`: a stream has at most [`stream::WINDOW_MESSAGES`] unanswered messages, [`intake`] limits what is taken from
+//! peers; a silent connection is cut.
 
 pub(crate) mod acks;
 pub(crate) mod beats;
+pub(crate) mod intake;
 pub(crate) mod peers;
 pub(crate) mod receive;
 pub(crate) mod stream;

@@ -11,15 +11,27 @@ use std::task::{Context, Poll, Waker};
 use openraft::raft::AppendEntriesResponse;
 use spline_wire::{Frame, FrameSender};
 
+use super::intake::Intake;
 use crate::codec::message::{Reply, Request};
 use crate::member::Member;
 
-/// Carries out `request` on `member` and sends the reply.
-pub(crate) fn dispatch(member: Arc<Member>, request: Request, number: u64, replies: FrameSender) {
+/// Carries out `request` on `member` and sends the reply; refuses it if `intake` has no room.
+pub(crate) fn dispatch(
+    member: Arc<Member>,
+    request: Request,
+    number: u64,
+    replies: FrameSender,
+    intake: &Arc<Intake>,
+) {
+    let Some(place) = intake.take(&member, &request) else {
+        member.metrics.requests_refused.inc();
+        return refuse(number, format!("replica takes nothing more now, group={}", member.id), &replies);
+    };
     let is_append = matches!(request, Request::Append(_));
     // Unconstrained: the first poll must reach the group's queue, however busy this task has been.
     let mut work = Box::pin(tokio::task::unconstrained(async move {
         let reply = carry_out(&member, request).await;
+        drop(place);
         // A connection that has gone needs no reply.
         let _ = replies.send(reply.into_frame(number)).await;
     }));

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use node::{Node, dirs, introduce, leader, three, until, write};
-use spline_raft::{NodeId, ProposeError, Role};
+use spline_raft::{NodeId, ProposeError, RaftConfig, Role};
 
 #[test]
 fn a_write_reaches_every_replica_and_reads_need_the_leader() {
@@ -96,6 +96,28 @@ fn a_follower_that_starts_into_an_idle_group_applies_what_is_committed() {
     nodes.push(back);
     introduce(&nodes.iter().collect::<Vec<_>>());
     until("the follower has the write", || (nodes[2].shared.value(1)? == "one").then_some(()));
+}
+
+#[test]
+fn a_follower_whose_log_takes_little_at_once_catches_up() {
+    let dirs = dirs(3);
+    let mut nodes = three(&dirs);
+    let value = "x".repeat(256 << 10);
+    let at = (leader(&nodes.iter().collect::<Vec<_>>()) + 1) % 3;
+    let gone = nodes.remove(at);
+    let id = gone.id;
+    let address = gone.kill();
+    for i in 0..40 {
+        write(&nodes.iter().collect::<Vec<_>>(), i, &value);
+    }
+    let little = |config: &mut RaftConfig| config.wal.queue_bytes = 1 << 20;
+    nodes.push(Node::start_with(dirs[at].path().to_owned(), id, Some(address), little));
+    introduce(&nodes.iter().collect::<Vec<_>>());
+    until("the follower has all of them", || {
+        assert_ne!(nodes[2].role(), Role::Stopped);
+        (0..40).all(|i| nodes[2].shared.writes(i) == 1).then_some(())
+    });
+    assert!(nodes[2].count("requests_refused") > 0, "it was never sent too much");
 }
 
 #[test]

@@ -1,0 +1,69 @@
+//! What is taken from peers and not answered yet: bounded, per group by number, for the host by bytes of entries.
+//!
+//! Asked by `receive` before it takes a request. A log that can not keep up, or has no room on the disk, keeps entries in
+//! memory until they are synced, and refuses what is beyond its limit, for good as far as the replica is concerned; so
+//! the leaders must be refused before. They come back after a pause (`stream`). `bounded`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use openraft::EntryPayload;
+
+use crate::codec::message::Request;
+use crate::member::Member;
+use crate::types::Entry;
+
+/// Most requests of one group that wait for an answer: four times a stream's window, because the streams of connections
+/// that broke leave theirs behind.
+const REQUESTS_MAX: u32 = 256;
+/// What an entry costs beside its command: headers of its record and its place in memory.
+const ENTRY_COST: u64 = 128;
+
+/// Bytes of entries of all groups that were taken and are not synced yet.
+pub(crate) struct Intake {
+    bytes: AtomicU64,
+    limit: u64,
+}
+
+impl Intake {
+    /// Takes at most `limit` bytes at once, or one larger request alone.
+    pub(crate) fn new(limit: u64) -> Arc<Intake> {
+        Arc::new(Intake { bytes: AtomicU64::new(0), limit })
+    }
+
+    /// A place for `request` until it is answered; `None` if there is none now.
+    pub(crate) fn take(self: &Arc<Self>, member: &Arc<Member>, request: &Request) -> Option<Place> {
+        let bytes = match request {
+            Request::Append(append) => append.entries.iter().map(cost).sum(),
+            _ => 0,
+        };
+        // Entered first, given back by the drop if it was too much: two that race must not both find room.
+        let waiting = member.unanswered.fetch_add(1, Ordering::Relaxed);
+        let taken = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let place = Place { intake: self.clone(), member: member.clone(), bytes };
+        let has_room = bytes == 0 || taken == 0 || taken + bytes <= self.limit;
+        (waiting < REQUESTS_MAX && has_room).then_some(place)
+    }
+}
+
+fn cost(entry: &Entry) -> u64 {
+    let command = match &entry.payload {
+        EntryPayload::Normal(command) => command.meta.len() + command.payload.len(),
+        EntryPayload::Blank | EntryPayload::Membership(_) => 0,
+    };
+    command as u64 + ENTRY_COST
+}
+
+/// Held while a request waits for its answer.
+pub(crate) struct Place {
+    intake: Arc<Intake>,
+    member: Arc<Member>,
+    bytes: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.member.unanswered.fetch_sub(1, Ordering::Relaxed);
+        self.intake.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
