@@ -39,6 +39,9 @@ pub struct Config {
     pub max_connections: usize,
     /// Seconds that a client may take for its handshake.
     pub handshake_seconds: u64,
+    /// Seconds after which a client is cut that neither reads its replies nor goes on with a write, if it holds more memory
+    /// than its share and others wait for it.
+    pub stuck_seconds: u64,
 }
 
 impl Default for Config {
@@ -57,11 +60,12 @@ impl Default for Config {
             runtime_dir: "/run/spline".into(),
             max_connections: 64,
             handshake_seconds: 10,
+            stuck_seconds: 30,
         }
     }
 }
 
-/// Most clients that a config may allow: each may hold tens of MiB.
+/// Most clients that a config may allow: each may hold its share, see [`crate::budget`], beside what is common to all.
 const CONNECTIONS_MAX: usize = 1024;
 /// Longest export name or description, bytes: every client shows it whole.
 const TEXT_BYTES_MAX: usize = 256;
@@ -75,6 +79,8 @@ pub struct Checked {
     pub export: String,
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
+    /// How long a client may take nothing while others wait for what it holds.
+    pub stuck_limit: Duration,
 }
 
 impl Config {
@@ -108,13 +114,19 @@ impl Config {
             "max_connections must be 1 to {CONNECTIONS_MAX}: max_connections={}",
             self.max_connections
         );
-        ensure!(
-            (1..=3600).contains(&self.handshake_seconds),
-            "handshake_seconds must be 1 to 3600: handshake_seconds={}",
-            self.handshake_seconds
-        );
+        for (key, seconds) in
+            [("handshake_seconds", self.handshake_seconds), ("stuck_seconds", self.stuck_seconds)]
+        {
+            ensure!((1..=3600).contains(&seconds), "{key} must be 1 to 3600: {key}={seconds}");
+        }
         let export = if self.export.is_empty() { self.volume.clone() } else { self.export.clone() };
-        Ok(Checked { volume, export, handshake_timeout: Duration::from_secs(self.handshake_seconds) })
+        let handshake_timeout = Duration::from_secs(self.handshake_seconds);
+        Ok(Checked {
+            volume,
+            export,
+            handshake_timeout,
+            stuck_limit: Duration::from_secs(self.stuck_seconds),
+        })
     }
 }
 
@@ -147,6 +159,7 @@ mod tests {
             (Config { export: "a\nb".into(), ..good.clone() }, "export"),
             (Config { max_connections: 0, ..good.clone() }, "max_connections"),
             (Config { handshake_seconds: 0, ..good.clone() }, "handshake_seconds"),
+            (Config { stuck_seconds: 3601, ..good.clone() }, "stuck_seconds"),
         ] {
             let refused = bad.check().expect_err(word);
             assert!(format!("{refused:#}").contains(word), "{refused:#}");

@@ -140,7 +140,8 @@ impl EventLoop {
             self.volume.inflight.oldest().map(|started| started.max(down_since) + limit)
         });
         let handshakes = self.connections.values().filter_map(Connection::deadline).min();
-        [self.link.deadline(), patience, handshakes, self.accept_paused, self.stopping, self.idle_at]
+        let stuck = self.first_stuck().map(|(_, since)| since + self.checked.stuck_limit);
+        [self.link.deadline(), patience, handshakes, stuck, self.accept_paused, self.stopping, self.idle_at]
             .into_iter()
             .flatten()
             .min()
@@ -160,9 +161,9 @@ impl EventLoop {
 
     fn link_ready(&mut self) -> anyhow::Result<()> {
         let Self { link, volume, connections, scratch, .. } = self;
-        let received = link.receive(volume, scratch, |_, origin: Origin, result| {
+        let received = link.receive(volume, scratch, |volume, origin: Origin, result| {
             if let Some(connection) = connections.get_mut(&origin.connection) {
-                connection.answer(&origin.ticket, result);
+                connection.answer(&origin.ticket, result, volume.now);
             }
         });
         match received {
@@ -219,7 +220,7 @@ impl EventLoop {
 
     fn answer(&mut self, origin: &Origin, result: Result<Answer<'_>, Fault>) {
         if let Some(connection) = self.connections.get_mut(&origin.connection) {
-            connection.answer(&origin.ticket, result);
+            connection.answer(&origin.ticket, result, self.volume.now);
         }
     }
 
@@ -258,8 +259,8 @@ impl EventLoop {
             return;
         }
         send_queue::widen(socket.as_fd());
-        let deadline = self.volume.now + self.checked.handshake_timeout;
-        self.connections.insert(id, Connection::new(id, socket, deadline));
+        let connection = Connection::new(id, socket, self.volume.now, self.checked.handshake_timeout);
+        self.connections.insert(id, connection);
         self.volume.metrics.connects.inc();
         self.volume.metrics.connections.set(self.connections.len() as i64);
         tracing::debug!(client = id.0, "client connected");
@@ -269,7 +270,7 @@ impl EventLoop {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let mut result = Ok(());
         if flags.contains(EventFlags::OUT) {
-            result = connection.flush(true).map(|_| ());
+            result = connection.flush(true, self.volume.now).map(|_| ());
         }
         if result.is_ok() && flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
             result = connection.receive(&mut self.volume, &mut self.scratch);
@@ -289,9 +290,14 @@ impl EventLoop {
                 self.volume.metrics.protocol_errors.inc();
                 tracing::warn!(client = id.0, %reason, "client cut");
             }
+            Some(cut @ Cut::Stuck(_)) => {
+                self.volume.metrics.stuck.inc();
+                tracing::warn!(client = id.0, reason = %cut, "client cut");
+            }
             Some(Cut::Io(error)) => tracing::debug!(client = id.0, %error, "client gone"),
             None => tracing::debug!(client = id.0, "client gone"),
         }
+        self.volume.budget.leave(id);
         if let Some(mut connection) = self.connections.remove(&id)
             && matches!(cut, Some(Cut::Protocol(_)))
         {
@@ -322,6 +328,12 @@ impl EventLoop {
         while let Some(id) = self.connections.iter().find(|(_, c)| late(c)).map(|(id, _)| *id) {
             self.drop_client(id, Some(&Cut::Protocol("handshake took too long".to_owned())));
         }
+        while let Some((id, since)) = self.first_stuck()
+            && since + self.checked.stuck_limit <= now
+        {
+            let held = self.connections.get(&id).map_or(0, Connection::held);
+            self.drop_client(id, Some(&Cut::Stuck(held)));
+        }
         Ok(())
     }
 
@@ -333,15 +345,31 @@ impl EventLoop {
         }
     }
 
+    /// The client that has been stuck longest, if anybody waits for what it holds.
+    fn first_stuck(&self) -> Option<(ConnectionId, Instant)> {
+        if !self.volume.budget.is_short() {
+            return None;
+        }
+        let stuck = self.connections.iter().filter_map(|(id, c)| Some((*id, c.stuck_since()?)));
+        stuck.min_by_key(|(_, since)| *since)
+    }
+
+    /// Takes stock of what clients hold. Answers whether a client that waits may look again.
+    fn take_stock(&mut self) -> bool {
+        self.volume.budget.settle(self.connections.values().map(Connection::held).sum())
+    }
+
     /// Lets waiting requests go on where there is room now, sends everything, and forgets finished clients.
     fn settle(&mut self) -> anyhow::Result<()> {
         loop {
+            self.take_stock();
             self.resume_stalled();
             if let Err(why) = self.link.flush(&mut self.volume, &self.poller, LINK) {
                 self.link_failed(&why)?;
             }
             self.want_back();
-            if !self.flush_clients() {
+            let caught_up = self.flush_clients();
+            if !self.take_stock() && !caught_up {
                 self.volume.metrics.inflight.set(self.volume.inflight.len() as i64);
                 return Ok(());
             }
@@ -369,7 +397,7 @@ impl EventLoop {
     fn flush_clients(&mut self) -> bool {
         let (mut go_on, mut over) = (false, Vec::new());
         for (id, connection) in &mut self.connections {
-            let flushed = connection.flush(false).and_then(|caught_up| {
+            let flushed = connection.flush(false, self.volume.now).and_then(|caught_up| {
                 go_on |= caught_up;
                 if let Some(flags) = connection.watch() {
                     self.poller.modify(connection.socket(), id.0, flags)?;

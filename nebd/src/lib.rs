@@ -8,8 +8,9 @@
 //! Modules in the order in which a request meets them: [`config`] (once) → [`event_loop`] over [`poller`] →
 //! [`nbd`] ([`nbd::listener`], [`nbd::connection`], [`nbd::handshake`], [`nbd::transmission`]) reading by [`receive`]
 //! → [`export`] → [`volume`] → [`inflight`] → [`link`] → the gateway, and back through [`nbd::reply`] and
-//! [`send_queue`]. [`metrics`], [`memory`] and [`status_file`] stand beside.
+//! [`send_queue`]. [`budget`] bounds the memory of all clients together. [`metrics`], [`memory`] and [`status_file`] stand beside.
 
+pub mod budget;
 pub mod config;
 pub mod event_loop;
 pub mod export;
@@ -26,6 +27,7 @@ pub mod volume;
 
 pub use config::Config;
 
+use crate::budget::Budget;
 use crate::event_loop::{EventLoop, Serving};
 use crate::export::Export;
 use crate::inflight::{Inflight, Limits};
@@ -98,7 +100,8 @@ impl Nebd {
             let now = Instant::now();
             let limits = Limits { requests: VOLUME_INFLIGHT_REQUESTS, bytes: VOLUME_INFLIGHT_BYTES };
             let link = Link::new(config.gateway_socket.clone(), hello, now);
-            let volume = Volume { export, inflight: Inflight::new(limits), lost: false, metrics, now };
+            let (inflight, budget) = (Inflight::new(limits), Budget::default());
+            let volume = Volume { export, inflight, budget, lost: false, metrics, now };
             EventLoop::new((config, checked), (link, volume), their_stop, tell)?.run()
         })?;
         Ok(Self { stop: Stopper(stop), thread: Some(thread), serving })

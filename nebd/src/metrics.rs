@@ -46,6 +46,8 @@ pub struct Metrics {
     pub connects: Counter,
     /// Connections cut because the client broke the protocol.
     pub protocol_errors: Counter,
+    /// Connections cut because others waited for memory that the client held and did not take.
+    pub stuck: Counter,
 }
 
 const OPS: [BlockOp; 7] = [
@@ -98,6 +100,7 @@ impl Metrics {
             connections: Gauge::default(),
             connects: Counter::default(),
             protocol_errors: Counter::default(),
+            stuck: Counter::default(),
         };
         registry.register("faults", "Requests answered with an error", metrics.faults.clone());
         registry.register("inflight_requests", "Requests that guests wait for", metrics.inflight.clone());
@@ -108,6 +111,11 @@ impl Metrics {
         registry.register("client_connects", "Clients ever connected", metrics.connects.clone());
         let protocol_errors = metrics.protocol_errors.clone();
         registry.register("protocol_errors", "Connections cut for a protocol error", protocol_errors);
+        registry.register(
+            "stuck_clients",
+            "Connections cut for memory held and not taken",
+            metrics.stuck.clone(),
+        );
         metrics
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Called by the event loop, the connections and the link; owned by the event loop. Must not know: sockets.
 
+use crate::budget::Budget;
 use crate::export::Export;
 use crate::inflight::{Entry, Inflight};
 use crate::metrics::Metrics;
@@ -57,6 +58,8 @@ pub struct Volume {
     pub export: Export,
     /// What guests wait for.
     pub inflight: Inflight<Origin>,
+    /// What clients' data may take.
+    pub budget: Budget,
     /// Another session has the volume, or had it: the link is at rest until a client that came afterwards asks.
     pub lost: bool,
     /// Counters.

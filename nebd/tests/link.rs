@@ -43,6 +43,7 @@ impl Place {
             listen_unix: Some(self.nbd()),
             runtime_dir: self.dir.path().to_owned(),
             handshake_seconds: 1,
+            stuck_seconds: 1,
             ..Config::default()
         }
     }
@@ -348,4 +349,60 @@ fn a_clean_stop_says_goodbye_and_leaves_nothing_behind() {
     place.gateway.wait("nebd said goodbye", |control| control.detached);
     assert!(!place.nbd().exists());
     assert!(!StatusFile::path(place.dir.path(), "disk0").exists());
+}
+
+/// Asks for 8 MiB again and again and reads none of it.
+fn greedy(place: &Place) -> Client {
+    let client = Client::connect(&place.nbd());
+    client.stream.set_nonblocking(true).expect("sets");
+    let _ = (&client.stream).write(&request(CMD_READ, 1, 0, 8 << 20).repeat(1000));
+    client
+}
+
+fn asked_for(place: &Place, length: u64) -> usize {
+    place.gateway.lock().received.iter().filter(|(_, request)| request.range.length() == length).count()
+}
+
+#[test]
+fn clients_that_never_read_share_one_budget() {
+    let place = Place::new();
+    place.gateway.listen();
+    // Nobody is cut here: it is the budget that holds.
+    let config = Config { stuck_seconds: 3600, ..place.config() };
+    let mut nebd = Nebd::spawn(config, &mut Registry::default()).expect("starts");
+    nebd.wait_ready().expect("no error").expect("is ready");
+    let _greedy: Vec<_> = (0..10).map(|_| greedy(&place)).collect();
+    place.gateway.wait("the budget is used up", |control| control.received.len() >= 8);
+    let mut polite = Client::connect(&place.nbd());
+    for cookie in 0..50 {
+        assert_eq!(polite.read(cookie, 4096, 64 << 10), vec![0; 64 << 10], "its share is its own");
+    }
+    assert_eq!(asked_for(&place, 8 << 20), 8, "64 MiB, not 48 MiB each");
+}
+
+#[test]
+fn a_client_that_takes_nothing_is_cut_when_others_wait_for_what_it_holds() {
+    let place = Place::new();
+    place.gateway.listen();
+    let mut registry = Registry::default();
+    let mut nebd = Nebd::spawn(place.config(), &mut registry).expect("starts");
+    nebd.wait_ready().expect("no error").expect("is ready");
+    let _greedy: Vec<_> = (0..2).map(|_| greedy(&place)).collect();
+    let mut half = Client::connect(&place.nbd());
+    place.gateway.wait("the budget is used up", |control| control.received.len() >= 8);
+    half.send(CMD_WRITE, 1, 0, 512 << 10);
+    let mut polite = Client::connect(&place.nbd());
+    let data = vec![7; 4 << 20];
+    polite.write(1, 0, &data);
+    assert_eq!(polite.reply(), (1, 0));
+    assert!(polite.read(2, 0, 4 << 20) == data);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).expect("encodes");
+    assert!(
+        text.contains("spline_nebd_stuck_clients_total 1") || text.contains("stuck_clients_total 2"),
+        "{text}"
+    );
+    // What is within its share is nobody's business.
+    half.stream.write_all(&vec![8; 512 << 10]).expect("writes");
+    assert_eq!(half.reply(), (1, 0));
 }

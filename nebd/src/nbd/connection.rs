@@ -4,9 +4,10 @@
 //! `handshake` or `transmission`; this module moves bytes and keeps the limits.
 //!
 //! `bounded`: at most [`REQUESTS_MAX`] requests and [`BYTES_MAX`] bytes of one client are open, and past
-//! [`UNSENT_MAX`] bytes of replies that it does not read nothing more is read from it. A client that stalls stalls
-//! only itself: what its replies hold is not counted against the volume.
+//! [`UNSENT_MAX`] bytes of replies that it does not read nothing more is read from it. What all of them hold together is
+//! bounded by [`crate::budget`]; what a client's replies hold is not counted against the volume.
 
+use crate::budget::SHARE_BYTES;
 use crate::nbd::errno::nbd_error;
 use crate::nbd::handshake::{Handshake, Step};
 use crate::nbd::reply;
@@ -19,7 +20,7 @@ use spline_types::limits::REQUEST_BYTES_MAX;
 use spline_types::{BlockOp, Fault};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// Open requests of one client: half of the volume's, so that one client can not shut out the others.
@@ -44,6 +45,9 @@ pub enum Cut {
     /// The client broke the protocol.
     #[error("protocol error: {0}")]
     Protocol(String),
+    /// The client held more than its share, took nothing, and others waited.
+    #[error("holds memory that others wait for and takes nothing: held_bytes={0}")]
+    Stuck(u64),
 }
 
 #[derive(Debug)]
@@ -71,17 +75,16 @@ pub struct Connection {
     /// The volume was lost while the client used it: what it knows of the volume may be out of date, so that every
     /// request fails.
     fenced: bool,
+    /// When the client last sent or took a byte, or was given something to take.
+    active: Instant,
     /// What epoll was last told to watch.
     watched: EventFlags,
 }
 
-fn data_bytes(ticket: &Ticket) -> u64 {
-    if ticket.op.carries_data() { ticket.range.length() } else { 0 }
-}
-
 impl Connection {
-    /// Greets a client on a non-blocking socket; the handshake must be over by `deadline`.
-    pub fn new(id: ConnectionId, socket: OwnedFd, deadline: Instant) -> Self {
+    /// Greets a client on a non-blocking socket; the handshake must be over within `patience`.
+    pub fn new(id: ConnectionId, socket: OwnedFd, now: Instant, patience: Duration) -> Self {
+        let deadline = now + patience;
         let mut out = SendQueue::default();
         let machine = Handshake::start(&mut out);
         Self {
@@ -96,6 +99,7 @@ impl Connection {
             stalled: false,
             ending: false,
             fenced: false,
+            active: now,
             watched: EventFlags::IN,
         }
     }
@@ -111,6 +115,23 @@ impl Connection {
             Phase::Handshake { deadline, .. } => Some(*deadline),
             Phase::Transmission(_) => None,
         }
+    }
+
+    /// Bytes that its data takes: open requests, a write on its way in, replies on their way out.
+    pub fn held(&self) -> u64 {
+        let coming = match &self.phase {
+            Phase::Handshake { .. } => 0,
+            Phase::Transmission(machine) => machine.coming(),
+        };
+        self.open_bytes + coming + self.out.bytes() as u64
+    }
+
+    /// Since when the client holds more than its share and does nothing to let go of it: replies that it does not read, or
+    /// a write of which no more comes.
+    pub fn stuck_since(&self) -> Option<Instant> {
+        let its_turn = !self.out.is_empty()
+            || matches!(&self.phase, Phase::Transmission(machine) if machine.coming() > 0);
+        (its_turn && self.held() > SHARE_BYTES).then_some(self.active)
     }
 
     /// Whether requests wait in it for room.
@@ -166,6 +187,7 @@ impl Connection {
                     return Ok(());
                 }
                 Received::Bytes { count, drained } => {
+                    self.active = volume.now;
                     // A direct read leaves its bytes in the payload; what it read too far is in `left`.
                     let left = std::mem::take(&mut self.partial);
                     self.take(volume, if direct { &left } else { &scratch[..count] })?;
@@ -214,8 +236,11 @@ impl Connection {
     }
 
     /// Answers a request that this connection submitted.
-    pub fn answer(&mut self, ticket: &Ticket, result: Result<Answer<'_>, Fault>) {
+    pub fn answer(&mut self, ticket: &Ticket, result: Result<Answer<'_>, Fault>, now: Instant) {
         self.close(ticket);
+        if self.out.is_empty() {
+            self.active = now;
+        }
         let structured = self.structured();
         match result {
             Ok(Answer::Done) => reply::done(&mut self.out, ticket.cookie),
@@ -230,12 +255,16 @@ impl Connection {
     ///
     /// # Errors
     /// The connection is to be cut.
-    pub fn flush(&mut self, again: bool) -> Result<bool, Cut> {
+    pub fn flush(&mut self, again: bool, now: Instant) -> Result<bool, Cut> {
         if self.out.is_empty() || (self.watched.contains(EventFlags::OUT) && !again) {
             return Ok(false);
         }
-        let behind = self.out.bytes() > UNSENT_MAX;
+        let before = self.out.bytes();
+        let behind = before > UNSENT_MAX;
         self.out.write_to(self.socket.as_fd())?;
+        if self.out.bytes() < before {
+            self.active = now;
+        }
         Ok(self.stalled && behind && self.out.bytes() <= UNSENT_MAX)
     }
 
@@ -259,7 +288,7 @@ impl Connection {
 
     fn close(&mut self, ticket: &Ticket) {
         self.open -= 1;
-        self.open_bytes -= data_bytes(ticket);
+        self.open_bytes -= ticket.holds();
     }
 
     fn structured(&self) -> bool {
@@ -273,8 +302,10 @@ impl Connection {
         reply::failed(&mut self.out, structured, error, &fault.to_string(), read_at);
     }
 
-    fn room(&self) -> Room {
-        Room { requests: REQUESTS_MAX - self.open, bytes: BYTES_MAX - self.open_bytes }
+    /// What its own limits leave, and what the budget of all does.
+    fn room(&self, volume: &Volume) -> Room {
+        let (own, common) = (BYTES_MAX - self.open_bytes, volume.budget.room(self.id, self.held()));
+        Room { requests: REQUESTS_MAX - self.open, bytes: own.min(common) }
     }
 
     /// Acts upon `input` and keeps what it can not take yet.
@@ -312,15 +343,29 @@ impl Connection {
     }
 
     fn serve(&mut self, volume: &mut Volume, input: &[u8]) -> Result<(usize, bool), Cut> {
-        let room = self.room();
+        let (room, held) = (self.room(volume), self.held());
         let Phase::Transmission(machine) = &mut self.phase else { return Ok((0, false)) };
         let (taken, event) = machine.advance(input, &volume.export, room);
         match event {
-            Event::NeedMore => return Ok((taken, false)),
-            Event::Full => self.stalled = true,
+            Event::Full => {
+                self.stalled = true;
+                if room.requests > 0 && room.bytes < BYTES_MAX - self.open_bytes {
+                    volume.budget.wait(self.id);
+                }
+                return Ok((taken, true));
+            }
+            _ => volume.budget.leave(self.id),
+        }
+        match event {
+            Event::Full => {}
+            Event::NeedMore => {
+                volume.budget.took(self.held().saturating_sub(held));
+                return Ok((taken, false));
+            }
             Event::Request(incoming) => {
                 self.open += 1;
-                self.open_bytes += data_bytes(&incoming.ticket);
+                self.open_bytes += incoming.ticket.holds();
+                volume.budget.took(self.held().saturating_sub(held));
                 self.submit(volume, incoming);
             }
             Event::Nothing(ticket) if ticket.op == BlockOp::Read => {
@@ -346,7 +391,7 @@ impl Connection {
         let Incoming { ticket, fua, payload } = incoming;
         if self.fenced {
             volume.metrics.refused(Fault::Fenced);
-            return self.answer(&ticket, Err(Fault::Fenced));
+            return self.answer(&ticket, Err(Fault::Fenced), volume.now);
         }
         if !volume.inflight.has_room(ticket.op, ticket.range) {
             self.parked = Some(Incoming { ticket, fua, payload });

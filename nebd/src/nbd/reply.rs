@@ -7,7 +7,7 @@
 use crate::nbd::errno::NbdError;
 use crate::nbd::handshake::ALLOCATION_CONTEXT;
 use crate::nbd::protocol::*;
-use crate::nbd::transmission::Ticket;
+use crate::nbd::transmission::{STATUS_BYTES_MAX, Ticket};
 use crate::send_queue::SendQueue;
 use crate::volume::ReadData;
 use spline_types::Extent;
@@ -17,6 +17,9 @@ use std::ops::Range;
 const ZERO_BLOCK: u64 = 4096;
 /// Most extents of one status reply: enough for any client, small for a slow reader.
 const EXTENTS_MAX: usize = 4096;
+
+/// Chunk header, context, extents of 8 bytes.
+const _: () = assert!(20 + 4 + 8 * EXTENTS_MAX as u64 <= STATUS_BYTES_MAX);
 
 /// A success without data.
 pub fn done(out: &mut SendQueue, cookie: u64) {

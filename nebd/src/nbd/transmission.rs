@@ -41,6 +41,20 @@ pub struct Ticket {
     pub one_extent: bool,
 }
 
+/// What the answer to a status may take, bytes.
+pub const STATUS_BYTES_MAX: u64 = 40 << 10;
+
+impl Ticket {
+    /// Most bytes that the request and its answer hold, small change left out.
+    pub fn holds(&self) -> u64 {
+        match self.op {
+            BlockOp::Status => STATUS_BYTES_MAX,
+            op if op.carries_data() => self.range.length(),
+            _ => 0,
+        }
+    }
+}
+
 /// A request for the gateway.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Incoming {
@@ -68,7 +82,7 @@ pub struct Refused {
 pub struct Room {
     /// Requests.
     pub requests: usize,
-    /// Data of reads and writes, bytes.
+    /// What requests and their answers hold, bytes.
     pub bytes: u64,
 }
 
@@ -176,6 +190,14 @@ impl Transmission {
         }
     }
 
+    /// Bytes of the write whose data is still coming.
+    pub fn coming(&self) -> u64 {
+        match &self.state {
+            State::Payload(incoming) => incoming.ticket.holds(),
+            State::Header | State::Drain { .. } => 0,
+        }
+    }
+
     fn finish(&mut self) -> Event {
         match std::mem::replace(&mut self.state, State::Header) {
             State::Payload(incoming) if missing(&incoming) == 0 => Event::Request(incoming),
@@ -208,11 +230,10 @@ impl Transmission {
                 (REQUEST_BYTES, Event::Nothing(ticket))
             }
             Ok((ticket, fua)) => {
-                let data = if ticket.op.carries_data() { ticket.range.length() } else { 0 };
-                if room.requests == 0 || data > room.bytes {
+                if room.requests == 0 || ticket.holds() > room.bytes {
                     return (0, Event::Full);
                 }
-                let wanted = if ticket.op == BlockOp::Write { data as usize } else { 0 };
+                let wanted = if ticket.op == BlockOp::Write { ticket.range.length() as usize } else { 0 };
                 let incoming = Incoming { ticket, fua, payload: Vec::with_capacity(wanted) };
                 self.state = State::Payload(incoming);
                 let (taken, event) = if wanted == 0 {

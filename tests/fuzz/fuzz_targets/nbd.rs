@@ -11,6 +11,7 @@ mod replies;
 use libfuzzer_sys::fuzz_target;
 use prometheus_client::registry::Registry;
 use replies::{Expected, Replies};
+use spline_nebd::budget::Budget;
 use spline_nebd::export::Export;
 use spline_nebd::inflight::{Inflight, Limits, Outcome};
 use spline_nebd::metrics::Metrics;
@@ -46,6 +47,7 @@ fn volume() -> Volume {
             read_only: false,
         },
         inflight: Inflight::new(LIMITS),
+        budget: Budget::default(),
         lost: false,
         metrics: Metrics::new(&mut Registry::default()),
         now: Instant::now(),
@@ -77,12 +79,11 @@ fuzz_target!(|bytes: &[u8]| {
     PARTS.with_borrow_mut(|(volume, scratch)| {
         volume.inflight = Inflight::new(LIMITS);
         volume.export.read_only = start & 4 != 0;
-        volume.lost = start & 8 != 0;
+        volume.budget = Budget::default();
         let (ours, theirs) = UnixStream::pair().expect("socket pair");
         ours.set_nonblocking(true).expect("non-blocking");
         theirs.set_nonblocking(true).expect("non-blocking");
-        let deadline = volume.now + Duration::from_secs(10);
-        let connection = Connection::new(ConnectionId(16), ours.into(), deadline);
+        let connection = Connection::new(ConnectionId(16), ours.into(), volume.now, Duration::from_secs(10));
         let no_zeroes = stream.get(3).is_some_and(|flags| flags & 2 != 0);
         let replies = Replies::new(SIZE, no_zeroes);
         let mut session = Session { connection, theirs, replies, volume, scratch };
@@ -129,6 +130,7 @@ impl Session<'_> {
                 }
                 continue;
             }
+            self.volume.budget.settle(self.connection.held());
             let resumed = self.connection.resume(self.volume);
             if let Err(cut) = resumed {
                 return self.cut(&cut);
@@ -174,7 +176,7 @@ impl Session<'_> {
                 BlockOp::Status => Ok(Answer::Extents(extents(length))),
                 _ => Ok(Answer::Done),
             };
-            self.connection.answer(&ticket, result);
+            self.connection.answer(&ticket, result, self.volume.now);
             expected.push(Expected { ticket, fails, data });
         }
         expected
@@ -185,7 +187,7 @@ impl Session<'_> {
         let mut said = Vec::new();
         let mut part = [0; 1 << 16];
         loop {
-            self.connection.flush(true).expect("the client is there");
+            self.connection.flush(true, self.volume.now).expect("the client is there");
             match self.theirs.read(&mut part) {
                 Ok(0) => break,
                 Ok(count) => said.extend_from_slice(&part[..count]),

@@ -6,8 +6,10 @@ use spline_conformance::stage::{DISK, Stage, play_on};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
-/// What one connection may hold: 48 MiB of requests and 4 MiB of replies, and what the allocator leaves over.
-const GROWTH_KIB: u64 = 64 << 10;
+/// What all connections may hold together, 64 MiB, and what the allocator leaves over.
+const GROWTH_KIB: u64 = 80 << 10;
+/// Clients that never read, at once: alone each could hold 52 MiB.
+const CLIENTS: usize = 12;
 
 /// Sends until the server takes no more; answers the bytes that it took.
 fn flood(stage: &Stage, prefix: &[u8], message: &[u8], most: usize) -> anyhow::Result<(UnixStream, usize)> {
@@ -69,16 +71,31 @@ fn refused_requests() -> anyhow::Result<()> {
 
 #[test]
 fn many_at_once() -> anyhow::Result<()> {
-    // Each holds what one may hold, and no more.
-    play_on(&|rig| rig.serve("disk", DISK), 4 * GROWTH_KIB, |stage| {
+    // Together they hold what one may hold, and a share each of 1 MiB beside it.
+    play_on(&|rig| rig.serve("disk", DISK), GROWTH_KIB + CLIENTS as u64 * 2048, |stage| {
         let read = request(cmd::READ, 0, 1, (0, 1 << 20));
-        let floods =
-            (0..4).map(|_| flood(stage, &enter(), &read, 64 << 20)).collect::<anyhow::Result<Vec<_>>>()?;
+        let floods = (0..CLIENTS)
+            .map(|_| flood(stage, &enter(), &read, 64 << 20))
+            .collect::<anyhow::Result<Vec<_>>>()?;
         ensure!(floods.iter().all(|(_, sent)| *sent < 8 << 20));
         let mut raw = Raw::entered(&stage.export)?;
         for round in 0..50 {
             raw.write(round * 4096, &[round as u8; 4096])?;
         }
         Ok(())
+    })
+}
+
+#[test]
+fn writes_that_do_not_go_on() -> anyhow::Result<()> {
+    play_on(&|rig| rig.serve("disk", DISK), GROWTH_KIB + CLIENTS as u64 * 2048, |stage| {
+        let length: u32 = 32 << 20;
+        let begun = [enter(), request(cmd::WRITE, 0, 1, (0, length))].concat();
+        // All but the last bytes: nothing is ever written.
+        let most = length as usize - (1 << 20);
+        let _halves = (0..CLIENTS)
+            .map(|_| flood(stage, &begun, &[7; 4096], most))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        stage.works()
     })
 }
