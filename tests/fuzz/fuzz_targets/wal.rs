@@ -74,12 +74,8 @@ fuzz_target!(|bytes: &[u8]| {
         entries.push(entry);
     }
     drop(wal);
-    let mid = memory.image();
-    let (wal, recovered) = open(&memory).unwrap_or_else(|error| {
-        show("before", &before);
-        show("mid", &mid);
-        panic!("opened before, but not again: {error}")
-    });
+    let (wal, recovered) =
+        open(&memory).unwrap_or_else(|error| panic!("opened before, but not again: {error}"));
     for (group, (log, wanted)) in &found {
         let group = GroupId(*group);
         let again = recovered.get(&group).expect("a group was forgotten");
@@ -97,16 +93,4 @@ fn entries(wal: &Wal, group: GroupId, log: &GroupLog) -> Vec<WalEntry> {
     let entries = wal.read(group, log.first..log.next, u64::MAX).expect("what was recovered is readable");
     assert!(entries.iter().map(|entry| entry.index).eq(log.first..log.next), "{log:?}");
     entries
-}
-
-fn show(what: &str, image: &memory::Image) {
-    use spline_raft::wal::format::*;
-    for (name, bytes) in image {
-        eprintln!("{what} {name} len={} header={:?}", bytes.len(), SegmentHeader::decode(bytes));
-        for at in (0..bytes.len()).step_by(512) {
-            if let Some(b) = BatchHeader::decode(&bytes[at..]) {
-                eprintln!("   at={at} {b:?}");
-            }
-        }
-    }
 }

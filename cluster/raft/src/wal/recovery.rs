@@ -87,8 +87,11 @@ pub(super) fn recover(disk: &dyn Disk, config: &WalConfig) -> Result<Recovery, W
     let (freed, chain): (Vec<Run>, Vec<Run>) =
         runs.into_iter().partition(|run| run.segment.generation < oldest);
     check_chain(&chain, oldest)?;
+    // Only a batch proves which log this is. Segments without one may be deleted or recycled before the strays are, and the
+    // next recovery would find a file that it must refuse: so this one refuses it.
+    let proven = log.filter(|_| chain.iter().any(|run| run.first.is_some()));
     for stray in &strays {
-        if holds_batch(stray.bytes.as_ref(), log, oldest) {
+        if holds_batch(stray.bytes.as_ref(), proven, oldest) {
             return corrupt(&stray.segment, 0);
         }
     }
@@ -196,6 +199,7 @@ fn holds_batch_of(bytes: &[u8], wanted: impl Fn(&BatchHeader) -> bool) -> bool {
     (0..bytes.len()).step_by(SECTOR).any(|at| BatchHeader::decode(&bytes[at..]).as_ref().is_some_and(&wanted))
 }
 
+/// Whether a file holds anything that may be needed: of `log`, or of any log if it is not known which one this is.
 fn holds_batch(bytes: &[u8], log: Option<u64>, oldest: u64) -> bool {
     holds_batch_of(bytes, |batch| log.is_none_or(|log| log == batch.log) && batch.generation >= oldest)
 }

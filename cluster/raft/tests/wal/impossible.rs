@@ -13,8 +13,12 @@ const LOG: u64 = 7;
 
 /// A segment file of `generation` that holds one batch per header, each with one record.
 fn segment(generation: u64, batches: &[(BatchHeader, Record)]) -> Vec<u8> {
+    segment_of(LOG, generation, batches)
+}
+
+fn segment_of(log: u64, generation: u64, batches: &[(BatchHeader, Record)]) -> Vec<u8> {
     let bytes = config().segment_bytes;
-    let mut file = SegmentHeader { log: LOG, generation, bytes }.encode().as_ref().to_vec();
+    let mut file = SegmentHeader { log, generation, bytes }.encode().as_ref().to_vec();
     assert_eq!(file.len(), SEGMENT_HEADER);
     for (header, record) in batches {
         let mut buffer = AlignedBuffer::default();
@@ -66,6 +70,39 @@ fn a_generation_of_two_segments() {
     let first = segment(0, &[(header(0, 1, 0), entry(1))]);
     let second = segment(0, &[(header(0, 2, 0), entry(2))]);
     is_refused(vec![first, second]);
+}
+
+/// The same file with a header that nobody can read.
+fn without_header(mut file: Vec<u8>) -> Vec<u8> {
+    file[0] ^= 1;
+    file
+}
+
+/// Batches in a file without a header, and a header that names another log but has no batch to prove it: were that file
+/// given up and deleted first, the next recovery would refuse what this one took.
+#[test]
+fn batches_that_only_an_empty_segment_says_are_of_another_log() {
+    let foreign = without_header(segment(2, &[(header(2, 1, 0), entry(1))]));
+    let empty = segment_of(LOG + 1, 1, &[]);
+    is_refused(vec![empty, foreign.clone()]);
+    // Of another size than configured: this one would be deleted at once.
+    let small = SegmentHeader { log: LOG + 1, generation: 1, bytes: SEGMENT_HEADER as u64 }.encode();
+    is_refused(vec![small.as_ref().to_vec(), foreign]);
+}
+
+/// A segment's recycling was torn. What lies in it are older batches of this log, and a guest's forgeries of any other.
+#[test]
+fn batches_that_are_proven_old_or_of_another_log_are_given_up() {
+    let live = segment(9, &[(header(9, 5, 9), entry(1))]);
+    let old = without_header(segment(2, &[(header(2, 1, 0), entry(1))]));
+    let forged = BatchHeader { log: LOG + 1, ..header(12, 9, 9) };
+    let foreign = without_header(segment(2, &[(forged, entry(1))]));
+    let disk = SimDisk::new(image(vec![old, foreign, live]));
+    for open_number in 0..3 {
+        let (wal, recovered) = open(&disk, config()).expect("nothing is missing");
+        assert_eq!(recovered[&GroupId(1)].next, 2, "open {open_number}");
+        wal.close();
+    }
 }
 
 #[test]

@@ -8,12 +8,16 @@ use bytes::Bytes;
 use spline_raft::wal::WalEntry;
 use spline_raft::wal::aligned::AlignedBuffer;
 use spline_raft::wal::format::{
-    BATCH_HEADER, BatchHeader, Record, SECTOR, SEGMENT_HEADER, SegmentHeader, finish_batch, start_batch,
+    BATCH_HEADER, BatchHeader, NUMBER_MAX, Record, SECTOR, SEGMENT_HEADER, SegmentHeader, finish_batch,
+    start_batch,
 };
 use spline_raft::{GroupId, LogCommand};
 
 /// Files of one image.
 const SEGMENTS_MAX: usize = 6;
+/// A log whose numbers are used up can take nothing more, and none gets there: this many are kept for what an input and the
+/// target add to the numbers written down.
+const LAST_GOOD: u64 = 1 << 10;
 /// The log's random number, unless an input says otherwise.
 const LOG: u64 = 7;
 
@@ -26,13 +30,15 @@ impl Input<'_> {
         *first
     }
 
-    /// A small number, or any.
+    /// A small number, or any but the last good ones.
     fn number(&mut self) -> u64 {
-        match self.byte() {
+        let number = match self.byte() {
             255 => u64::from_le_bytes(std::array::from_fn(|_| self.byte())),
             254 => u64::MAX - u64::from(self.byte()),
             small => small.into(),
-        }
+        };
+        let last_good = NUMBER_MAX - LAST_GOOD..=NUMBER_MAX;
+        if last_good.contains(&number) { number - 2 * LAST_GOOD } else { number }
     }
 
     fn some(&mut self, count: usize) -> Vec<u8> {
