@@ -253,6 +253,15 @@ async fn a_session_is_resumed_unless_another_gateway_had_the_volume_since() {
     // The gateway may have another name now.
     assert_eq!(lab.resume("a", "g9", 6).await, Ok((7, 5)));
     lab.resume("a", "g9", 8).await.expect_err("there was no such session");
+    // Another volume of this name is not the one that was open, however often it is opened itself.
+    lab.sessions.close(close(7)).await.expect("closed");
+    lab.volumes.delete(pb::DeleteVolumeRequest { name: "a".into() }).await.expect("deleted");
+    lab.create("a", GIB).await.expect("created");
+    lab.resume("a", "g9", 7).await.expect_err("a session of the volume before");
+    for _ in 0..3 {
+        lab.open("a", "g9", false).await.expect("opened");
+    }
+    lab.resume("a", "g9", 7).await.expect_err("a session of the volume before");
     lab.mds.shutdown().await;
 }
 

@@ -17,6 +17,10 @@ pub struct Counters {
     pub last_volume: u64,
     /// The last chunkserver id given out; ids are never reused.
     pub last_chunkserver: u32,
+    /// The highest epoch of any session of any volume, deleted ones included. A new volume begins above it, so that no
+    /// session of another volume, whose name it may have, is taken for one of its own (`no_late_duplicate`).
+    #[serde(default)]
+    pub last_epoch: u64,
     /// Every chunkserver's `election_max_ms`; 0 before the first registered.
     #[serde(default)]
     pub election_max_ms: u64,
@@ -41,7 +45,7 @@ pub struct Volume {
     pub on_unavailable: OnUnavailable,
     /// Wall clock, milliseconds since 1970.
     pub created_ms: u64,
-    /// Epoch of the newest session, ended or not; 0 before the first.
+    /// Epoch of the newest session, ended or not; before the first, one that no session has.
     #[serde(with = "id")]
     pub epoch: Epoch,
     /// The newest session unless it was closed. Whether its lease is alive is not known here.

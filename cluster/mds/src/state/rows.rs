@@ -92,6 +92,8 @@ impl MetaState {
 
     fn derive(&mut self) -> Result<(), String> {
         for volume in self.volumes.values() {
+            // Counters of format 1 do not tell it.
+            self.counters.last_epoch = self.counters.last_epoch.max(volume.epoch.get());
             if let Some(other) = self.names.insert(volume.name.clone(), volume.id) {
                 return Err(format!(
                     "two volumes have one name: name={} ids={other},{}",

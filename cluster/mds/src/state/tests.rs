@@ -332,6 +332,12 @@ fn a_volume_row_of_format_1_is_read() {
     let golden = r#"{"id":1,"name":"v1","size":1073741824,"block_size":4096,"on_unavailable":"wait","created_ms":1,"epoch":4,"session":{"gateway":"g","since_ms":1},"run":{"gateway":"g","since":4}}"#;
     let row = state.row(Key::Volume(volume)).expect("there");
     assert_eq!(String::from_utf8_lossy(&row), golden, "format 2");
+    let golden = r#"{"cluster":"","last_volume":0,"last_chunkserver":0,"last_epoch":4,"election_max_ms":0}"#;
+    let row = state.row(Key::Counters).expect("there");
+    assert_eq!(String::from_utf8_lossy(&row), golden, "format 2");
+    let old = r#"{"cluster":"c","last_volume":1,"last_chunkserver":3}"#;
+    let mut state = MetaState::from_rows(vec![(Key::Counters, old.into())]).expect("is read");
+    assert_eq!(state.apply(&create(1, 1)), Ok(Answer::Volume(VolumeId::new(2))));
 }
 
 #[test]

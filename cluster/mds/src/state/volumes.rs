@@ -32,7 +32,7 @@ impl MetaState {
                 block_size,
                 on_unavailable,
                 created_ms: now_ms,
-                epoch: Epoch::new(0),
+                epoch: Epoch::new(before_first(self.counters.last_epoch)),
                 session: None,
                 run: None,
             },
@@ -126,6 +126,9 @@ impl MetaState {
         let Some(epoch) = seen.next() else {
             return Err(Refusal::internal(format!("epochs are used up: name={}", volume.name)));
         };
+        self.counters.last_epoch = self.counters.last_epoch.max(epoch.get());
+        self.changed.insert(Key::Counters);
+        let volume = self.volume_mut(id)?;
         volume.epoch = epoch;
         volume.session = Some(Session { gateway: gateway.to_owned(), since_ms: now_ms });
         let goes_on = |run: &Run| resumes || run.gateway == gateway;
@@ -207,5 +210,13 @@ impl MetaState {
             true => Err(Refusal::exists(format!("a volume of this name exists: name={name}"))),
             false => Ok(()),
         }
+    }
+}
+
+/// The epoch of a volume that nobody has opened: above every session there ever was.
+const fn before_first(last_epoch: u64) -> u64 {
+    match last_epoch {
+        0 => 0,
+        last => last.saturating_add(1),
     }
 }
