@@ -17,8 +17,8 @@ pub struct Counters {
     pub last_volume: u64,
     /// The last chunkserver id given out; ids are never reused.
     pub last_chunkserver: u32,
-    /// The highest epoch of any session of any volume, deleted ones included. A new volume begins above it, so that no
-    /// session of another volume, whose name it may have, is taken for one of its own (`no_late_duplicate`).
+    /// The highest epoch of any volume, deleted ones included. A new volume begins above it, so that no session of another
+    /// volume, whose name it may have, is taken for one of its own (`no_late_duplicate`).
     #[serde(default)]
     pub last_epoch: u64,
     /// Every chunkserver's `election_max_ms`; 0 before the first registered.

@@ -22,6 +22,8 @@ impl MetaState {
         self.name_is_free(name)?;
         let id = VolumeId::new(self.counters.last_volume + 1);
         self.counters.last_volume = id.get();
+        let epoch = before_first(self.counters.last_epoch);
+        self.counters.last_epoch = epoch;
         self.names.insert(name.clone(), id);
         self.volumes.insert(
             id,
@@ -32,7 +34,7 @@ impl MetaState {
                 block_size,
                 on_unavailable,
                 created_ms: now_ms,
-                epoch: Epoch::new(before_first(self.counters.last_epoch)),
+                epoch: Epoch::new(epoch),
                 session: None,
                 run: None,
             },
@@ -213,7 +215,7 @@ impl MetaState {
     }
 }
 
-/// The epoch of a volume that nobody has opened: above every session there ever was.
+/// The epoch of a volume that nobody has opened: above all that there ever was. It is 0 until the first session.
 const fn before_first(last_epoch: u64) -> u64 {
     match last_epoch {
         0 => 0,
