@@ -16,6 +16,7 @@ use openraft::{ChangeMembers, ServerState};
 use crate::command::{Answer, GroupId, LogCommand, LogPosition, NodeId};
 use crate::error::{ProposeError, RaftError};
 use crate::member::Member;
+use crate::rounds::Proposal;
 use crate::types::{LeaderId, position, proposer};
 use crate::wal::Wal;
 
@@ -159,7 +160,10 @@ impl Group {
             return Err(if self.wal.poisoned() { ProposeError::Stopped } else { ProposeError::LogFull });
         }
         let (proposer, outcome) = proposer();
-        self.member.replica.propose(command, proposer).await.map_err(|()| ProposeError::Stopped)?;
+        let queued = self.member.rounds.send(Proposal { command, proposer }).await;
+        if queued.is_err() || !self.member.is_running() {
+            return Err(ProposeError::Stopped);
+        }
         match outcome.await {
             Ok(Ok(applied)) => Ok(applied.data),
             Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {

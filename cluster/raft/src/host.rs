@@ -201,7 +201,7 @@ impl RaftHost {
         // Answered by the core once it has published what it recovered: the first status must show the members.
         raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         started.store(true, Ordering::Release);
-        let replica: Box<dyn Replica> = Box::new(raft);
+        let replica: Arc<dyn Replica> = Arc::new(raft);
         let member = Member::new(id, host.node, replica, log, acks, host.timing, host.metrics.clone());
         let member = Arc::new(member);
         host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());

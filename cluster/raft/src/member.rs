@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{RaftMetrics, ServerState};
+use tokio::sync::mpsc;
 
 use crate::command::{GroupId, NodeId};
 use crate::log_store::LogStore;
@@ -16,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::network::acks::Acks;
 use crate::promise::Promise;
 use crate::replica::Replica;
+use crate::rounds::{self, Proposal};
 use crate::snapshot::Inbound;
 use crate::types::{LeaderId, MetricsReceiver, TypeConfig, VoteRequest, VoteResponse};
 
@@ -39,7 +41,8 @@ impl Timing {
 pub(crate) struct Member {
     pub(crate) id: GroupId,
     pub(crate) node: NodeId,
-    pub(crate) replica: Box<dyn Replica>,
+    pub(crate) replica: Arc<dyn Replica>,
+    pub(crate) rounds: mpsc::Sender<Proposal>,
     pub(crate) log: LogStore,
     pub(crate) acks: Arc<Acks>,
     pub(crate) raft: MetricsReceiver,
@@ -66,7 +69,7 @@ impl Member {
     pub(crate) fn new(
         id: GroupId,
         node: NodeId,
-        replica: Box<dyn Replica>,
+        replica: Arc<dyn Replica>,
         log: LogStore,
         acks: Arc<Acks>,
         timing: Timing,
@@ -77,6 +80,7 @@ impl Member {
             id,
             node,
             raft: replica.metrics(),
+            rounds: rounds::start(replica.clone(), metrics.clone()),
             replica,
             log,
             acks,

@@ -10,6 +10,7 @@ pub(crate) struct Metrics {
     pub(crate) proposals: Counter,
     pub(crate) proposals_refused: Counter,
     pub(crate) propose_seconds: Histogram,
+    pub(crate) round_proposals: Histogram,
     pub(crate) applied: Counter,
     pub(crate) reads_by_lease: Counter,
     pub(crate) reads_by_round: Counter,
@@ -60,9 +61,12 @@ impl Metrics {
             links_broken: counter("links_broken", "Connections to peers that broke"),
             // 20 µs to 10 s.
             propose_seconds: Histogram::new(exponential_buckets(20e-6, 2.0, 20)),
+            round_proposals: Histogram::new(exponential_buckets(1.0, 2.0, 12)),
         };
         let latency = metrics.propose_seconds.clone();
         registry.register("spline_raft_propose_seconds", "From proposal to answer", latency);
+        let sizes = metrics.round_proposals.clone();
+        registry.register("spline_raft_round_proposals", "Proposals gathered into one round", sizes);
         metrics
     }
 }

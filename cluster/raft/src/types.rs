@@ -9,6 +9,7 @@ use openraft::{OptionalSend, RaftTypeConfig, alias};
 use tokio::sync::oneshot;
 
 use crate::command::{Answer, LogCommand, LogPosition};
+use crate::rounds::Seat;
 
 /// Our openraft. Several leaders per term are allowed (the greater node id wins), which settles split votes without
 /// another round.
@@ -52,7 +53,11 @@ pub(crate) type RpcError = openraft::errors::RPCError<TypeConfig>;
 pub(crate) type MetricsReceiver = alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>;
 
 /// Hands the outcome of a proposal to whoever waits; a waiter that has gone needs no answer.
-pub(crate) struct Proposer<T>(oneshot::Sender<T>);
+pub(crate) struct Proposer<T> {
+    outcome: oneshot::Sender<T>,
+    /// Its place in the round in which it was proposed.
+    pub(crate) seat: Option<Seat>,
+}
 
 /// The outcome of a proposal as openraft reports it.
 pub(crate) type Proposed = ClientWriteResult<TypeConfig>;
@@ -60,12 +65,12 @@ pub(crate) type Proposed = ClientWriteResult<TypeConfig>;
 /// A proposer and the receiver of its outcome.
 pub(crate) fn proposer() -> (Proposer<Proposed>, oneshot::Receiver<Proposed>) {
     let (sender, receiver) = oneshot::channel();
-    (Proposer(sender), receiver)
+    (Proposer { outcome: sender, seat: None }, receiver)
 }
 
 impl<T: OptionalSend + 'static> Responder<TypeConfig, T> for Proposer<T> {
     fn on_complete(self, result: T) {
-        drop(self.0.send(result));
+        drop(self.outcome.send(result));
     }
 }
 

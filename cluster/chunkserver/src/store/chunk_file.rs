@@ -28,6 +28,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 const BLOCK: usize = CHUNK_BLOCK_BYTES as usize;
+/// Most bytes of one system call's write. The kernel keeps what is written together as one folio of its page cache, and
+/// ext4 looks at every block of a folio to write one of them: after writes of 1 MiB a block costs several times as much.
+const PIECE_BYTES: usize = 128 << 10;
 
 /// What a checksum mismatch means while a part is merged into a block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -460,7 +463,7 @@ impl Chunk {
         let mut left = &mut slices[..];
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
-            match pwritev(&self.file, left, at) {
+            match pwritev(&self.file, &prefix(left, PIECE_BYTES), at) {
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                 Ok(count) => {
                     at += count as u64;
@@ -497,6 +500,16 @@ impl State {
     fn table_of(&self, blocks: &Range<u32>) -> &[u32] {
         &self.table[blocks.start as usize..blocks.end as usize]
     }
+}
+
+/// The first `limit` bytes of what is to be written.
+fn prefix<'a>(slices: &'a [IoSlice<'_>], mut limit: usize) -> [IoSlice<'a>; 3] {
+    let mut out = [IoSlice::new(&[]); 3];
+    for (into, slice) in out.iter_mut().zip(slices) {
+        *into = IoSlice::new(&slice[..slice.len().min(limit)]);
+        limit -= into.len();
+    }
+    out
 }
 
 /// Reads whole blocks from `first` on into `part` by `read`. Returns the first block that the disk can not read, for
