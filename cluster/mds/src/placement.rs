@@ -5,6 +5,7 @@
 
 use rand::{Rng, RngExt};
 use spline_types::{ChunkserverId, CopysetId};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A chunkserver that may hold replicas.
@@ -132,35 +133,63 @@ fn spread_first_members(copysets: &mut [Vec<usize>], sites: usize) {
     }
 }
 
+/// Copysets that hold a segment. Few, because raft's work is per group and round: the writes of one hot region share
+/// rounds. Several, so that a hot region has several leaders.
+pub const SEGMENT_COPYSETS: usize = 3;
+
 /// A copyset that may take new chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
     /// Which.
     pub copyset: CopysetId,
+    /// Who leads it, if known.
+    pub leader: Option<ChunkserverId>,
     /// Its share of new chunks relative to the others, such as the bytes its tightest member has for it; not 0.
     pub weight: u64,
     /// Chunks that lie in it already.
     pub chunks: u64,
 }
 
-/// Chooses the copysets of `count` new chunks, in order: each goes where the chunks per weight are fewest, so that
-/// copysets fill in proportion to their weights and neighbouring chunks lie in different copysets.
+impl Slot {
+    /// Compares how full two are, had each `more` chunks.
+    fn cmp_fill(&self, other: &Slot, more: [u64; 2]) -> Ordering {
+        let left = u128::from(self.chunks + more[0]) * u128::from(other.weight.max(1));
+        let right = u128::from(other.chunks + more[1]) * u128::from(self.weight.max(1));
+        left.cmp(&right)
+    }
+}
+
+/// Chooses the copysets of a segment's `count` new chunks, in order: [`SEGMENT_COPYSETS`] of those with the fewest
+/// chunks per weight, with different leaders if such are nearly as empty, and of these for each chunk the emptiest:
+/// copysets fill in proportion to their weights and neighbouring chunks lie in different ones.
 ///
 /// Returns `None` if there is no slot.
 pub fn place_chunks(slots: &[Slot], count: usize, random: &mut impl Rng) -> Option<Vec<CopysetId>> {
-    // Ties are broken by chance, so that two small volumes do not both begin with the same copysets.
-    let mut slots: Vec<(Slot, u32)> = slots.iter().map(|slot| (*slot, random.random())).collect();
+    let share = count.div_ceil(SEGMENT_COPYSETS) as u64;
+    let mut chosen = choose(slots, share, random);
     (0..count)
         .map(|_| {
-            let (slot, _) = slots.iter_mut().min_by(|(a, tie_a), (b, tie_b)| {
-                let left = u128::from(a.chunks + 1) * u128::from(b.weight.max(1));
-                let right = u128::from(b.chunks + 1) * u128::from(a.weight.max(1));
-                left.cmp(&right).then(tie_a.cmp(tie_b))
-            })?;
+            let slot = chosen.iter_mut().min_by(|a, b| a.cmp_fill(b, [1, 1]))?;
             slot.chunks += 1;
             Some(slot.copyset)
         })
         .collect()
+}
+
+/// "Nearly as empty" means: not fuller than the emptiest one with a `share` of the segment.
+fn choose(slots: &[Slot], share: u64, random: &mut impl Rng) -> Vec<Slot> {
+    // Ties are broken by chance, so that two small volumes do not both begin with the same copysets.
+    let mut left: Vec<(Slot, u32)> = slots.iter().map(|slot| (*slot, random.random())).collect();
+    left.sort_by(|(a, tie_a), (b, tie_b)| a.cmp_fill(b, [1, 1]).then(tie_a.cmp(tie_b)));
+    let mut chosen: Vec<Slot> = Vec::with_capacity(SEGMENT_COPYSETS);
+    while chosen.len() < SEGMENT_COPYSETS && !left.is_empty() {
+        let emptiest = left[0].0;
+        let near = left.partition_point(|(slot, _)| slot.cmp_fill(&emptiest, [1, 1 + share]).is_le());
+        let is_new = |(slot, _): &(Slot, u32)| chosen.iter().all(|other| other.leader != slot.leader);
+        let at = left[..near].iter().position(is_new).unwrap_or(0);
+        chosen.push(left.remove(at).0);
+    }
+    chosen
 }
 
 /// How often each chunkserver occurs.

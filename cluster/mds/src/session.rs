@@ -249,14 +249,17 @@ fn slots(state: &MetaState, topology: &Topology, now: Instant) -> Vec<Slot> {
     };
     let usable =
         state.copysets().filter(|(_, copyset)| !copyset.members.iter().any(|id| topology.is_full(*id)));
-    let slots: Vec<(bool, Slot)> = usable
+    let mut slots: Vec<Slot> = usable
         .map(|(id, copyset)| {
             let weight = copyset.members.iter().map(share).min().unwrap_or(1);
-            (topology.leader(id, now).is_some(), Slot { copyset: id, weight, chunks: copyset.chunks })
+            let leader = topology.leader(id, now).map(|leader| leader.chunkserver);
+            Slot { copyset: id, leader, weight, chunks: copyset.chunks }
         })
         .collect();
-    let any_led = slots.iter().any(|(led, _)| *led);
-    slots.into_iter().filter(|(led, _)| *led || !any_led).map(|(_, slot)| slot).collect()
+    if slots.iter().any(|slot| slot.leader.is_some()) {
+        slots.retain(|slot| slot.leader.is_some());
+    }
+    slots
 }
 
 fn unexpected(answer: &Answer) -> Refusal {

@@ -87,26 +87,41 @@ proptest! {
     fn chunks_fill_copysets_in_proportion_to_weight(weights in proptest::collection::vec(1u64..20, 1..40), seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
         let mut slots: Vec<Slot> = (1..).zip(&weights)
-            .map(|(id, weight)| Slot { copyset: CopysetId::new(id), weight: *weight, chunks: 0 })
+            .map(|(id, weight)| Slot { copyset: CopysetId::new(id), leader: None, weight: *weight, chunks: 0 })
             .collect();
-        for _ in 0..20 {
+        for _ in 0..100 {
             for copyset in place_chunks(&slots, 64, &mut random).expect("there are slots") {
                 slots[copyset.get() as usize - 1].chunks += 1;
             }
         }
         let total: u64 = weights.iter().sum();
         for slot in &slots {
-            let fair = 20.0 * 64.0 * slot.weight as f64 / total as f64;
-            prop_assert!((slot.chunks as f64 - fair).abs() <= fair * 0.1 + 2.0, "{:?} fair={}", slot, fair);
+            let fair = 100.0 * 64.0 * slot.weight as f64 / total as f64;
+            prop_assert!((slot.chunks as f64 - fair).abs() <= fair * 0.1 + 44.0, "{:?} fair={}", slot, fair);
         }
     }
 }
 
 #[test]
-fn chunks_of_a_segment_lie_in_different_copysets_when_there_are_enough() {
-    let slots: Vec<Slot> =
-        (1..=100).map(|id| Slot { copyset: CopysetId::new(id), weight: 5, chunks: 7 }).collect();
-    let placed = place_chunks(&slots, 64, &mut StdRng::seed_from_u64(3)).expect("there are slots");
-    assert_eq!(placed.iter().collect::<BTreeSet<_>>().len(), 64);
-    assert_eq!(place_chunks(&[], 64, &mut StdRng::seed_from_u64(3)), None);
+fn a_segment_lies_in_few_copysets_with_different_leaders() {
+    let slot = |id, chunks| Slot {
+        copyset: CopysetId::new(id),
+        leader: Some(ChunkserverId::new(id % 3 + 1)),
+        weight: 5,
+        chunks,
+    };
+    let mut random = StdRng::seed_from_u64(3);
+    let slots: Vec<Slot> = (1..=99).map(|id| slot(id, u64::from(id % 7))).collect();
+    for _ in 0..50 {
+        let placed = place_chunks(&slots, 64, &mut random).expect("there are slots");
+        let copysets: BTreeSet<_> = placed.iter().collect();
+        assert_eq!(copysets.len(), SEGMENT_COPYSETS);
+        let leaders: BTreeSet<_> = copysets.iter().map(|id| id.get() % 3).collect();
+        assert_eq!(leaders.len(), 3, "{copysets:?}");
+    }
+    // One leader's copysets are far fuller than the others': its leader alone does not bring it chunks.
+    let slots: Vec<Slot> = (1..=99).map(|id| slot(id, if id % 3 == 0 { 500 } else { 0 })).collect();
+    let placed = place_chunks(&slots, 64, &mut random).expect("there are slots");
+    assert!(placed.iter().all(|id| id.get() % 3 != 0), "{placed:?}");
+    assert_eq!(place_chunks(&[], 64, &mut random), None);
 }
