@@ -22,6 +22,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Requests that one copyset has in hand; more are refused as overloaded. Two volumes' worth.
 const INFLIGHT_REQUESTS: usize = 2048;
+/// Reads of more than this leave the runtime's thread: copying them out of the page cache takes too long there.
+const INLINE_READ_BYTES: u32 = 128 << 10;
 /// How often a read begins anew because its lease ran out under it, before it is refused.
 const READ_TRIES: usize = 3;
 /// Damaged blocks that one read has mended, before it is left to another replica.
@@ -210,6 +212,9 @@ impl Copyset {
     }
 
     async fn read_here(&self, command: ChunkCommand) -> Result<Outcome, StoreError> {
+        if command.range.length() > INLINE_READ_BYTES {
+            return self.read_blocking(command).await;
+        }
         match self.read_once(&command, Patience::Inline) {
             Err(StoreError::WouldBlock) => self.read_blocking(command).await,
             outcome => outcome,

@@ -349,6 +349,7 @@ pub(crate) async fn checkpoint(member: &Member, keep: u64) -> Result<(), RaftErr
     let _one = member.checkpointing.lock().await;
     let mut raft = member.raft.clone();
     let Some(target) = raft.borrow_watched().last_applied else { return Ok(()) };
+    let mut ask_at = tokio::time::Instant::now();
     let built = loop {
         let (built, running) = {
             let now = raft.borrow_and_update();
@@ -357,10 +358,15 @@ pub(crate) async fn checkpoint(member: &Member, keep: u64) -> Result<(), RaftErr
         running.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         match built {
             Some(built) if built.index >= target.index => break built,
-            _ => member.replica.build_checkpoint().await?,
+            // Asked again now and then: a build of an older state may have been under way.
+            _ if ask_at <= tokio::time::Instant::now() => {
+                member.replica.build_checkpoint().await?;
+                ask_at = tokio::time::Instant::now() + member.timing.heartbeat;
+            }
+            _ => {}
         }
-        // Woken by every change of the replica's state, and asked again if a build was already under way.
-        let changed = tokio::time::timeout(member.timing.heartbeat, raft.changed()).await;
+        // Woken by every change of the replica's state.
+        let changed = tokio::time::timeout_at(ask_at, raft.changed()).await;
         if let Ok(Err(_)) = changed {
             return Err(RaftError::Stopped("replica stopped".to_owned()));
         }

@@ -26,6 +26,7 @@ use crate::network::peers::Peers;
 use crate::network::{Factory, beats, receive};
 use crate::pulse;
 use crate::replica::Replica;
+use crate::rounds::Flight;
 use crate::snapshot::Throttle;
 use crate::state_machine::StateMachine;
 use crate::state_machine::adapter::Adapter;
@@ -95,7 +96,8 @@ pub(crate) struct HostState {
     pub(crate) wake: Arc<tokio::sync::Notify>,
     intake: Arc<Intake>,
     metrics: Arc<Metrics>,
-    throttle: Arc<Throttle>,
+    flight: Arc<Flight>,
+    pub(crate) throttle: Arc<Throttle>,
     openraft: Arc<Config>,
     members: RwLock<HashMap<GroupId, Arc<Member>>>,
     /// One start or removal at a time.
@@ -173,6 +175,7 @@ impl RaftHost {
             metrics,
             throttle: Arc::new(Throttle::new(config.snapshot_bytes_per_second)),
             openraft,
+            flight: Arc::default(),
             members: RwLock::default(),
             changing: tokio::sync::Mutex::new(()),
         });
@@ -202,7 +205,16 @@ impl RaftHost {
         raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         started.store(true, Ordering::Release);
         let replica: Arc<dyn Replica> = Arc::new(raft);
-        let member = Member::new(id, host.node, replica, log, acks, host.timing, host.metrics.clone());
+        let member = Member::new(
+            id,
+            host.node,
+            replica,
+            log,
+            acks,
+            host.timing,
+            host.metrics.clone(),
+            host.flight.clone(),
+        );
         let member = Arc::new(member);
         host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
         host.wake.notify_one();

@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 use crate::network::acks::Acks;
 use crate::promise::Promise;
 use crate::replica::Replica;
-use crate::rounds::{self, Proposal};
+use crate::rounds::{self, Flight, Proposal};
 use crate::snapshot::Inbound;
 use crate::types::{LeaderId, MetricsReceiver, TypeConfig, VoteRequest, VoteResponse};
 
@@ -74,13 +74,14 @@ impl Member {
         acks: Arc<Acks>,
         timing: Timing,
         metrics: Arc<Metrics>,
+        flight: Arc<Flight>,
     ) -> Member {
         let promise = Promise::new(timing.lease, log.vote());
         Member {
             id,
             node,
             raft: replica.metrics(),
-            rounds: rounds::start(replica.clone(), metrics.clone()),
+            rounds: rounds::start(replica.clone(), flight, metrics.clone()),
             replica,
             log,
             acks,

@@ -1,13 +1,16 @@
-//! Gathers a group's proposals into rounds: those that arrive while a round is under way make up the next one.
+//! Gathers proposals into rounds: what arrives at a host's groups while a round is under way makes up the next one.
 //!
-//! Called by `group`, for every proposal; hands them to `replica`. Who writes one at a time never waits here; who has much
-//! in flight shares the cost of a log record, a message to each peer, a commit and a wake-up among the whole round.
+//! Called by `group`, for every proposal; hands them to `replica`. Who writes one at a time never waits here. Who has much
+//! in flight shares the cost of a round among many: a log record, a message to each peer, a commit and wake-ups per group,
+//! a sync and system calls per host. That is why the groups of a host start their rounds together.
 //! Must not know what a proposal means.
 //!
-//! `bounded`: the queue has [`QUEUE`] places; large proposals do not wait for a round.
+//! `bounded`: a group's queue has [`QUEUE`] places. Large proposals neither wait nor are waited for, and nobody waits
+//! longer than [`ROUND_WAIT`] for others: a group without a majority must not stop its neighbours.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 
@@ -20,6 +23,8 @@ use crate::types::{Proposed, Proposer};
 const QUEUE: usize = 2048;
 /// A round that has gathered so many bytes goes at once: more would save nothing and only hold large writes back.
 const ROUND_BYTES: usize = 64 << 10;
+/// Longest wait for the round before: a round on a healthy group takes less, and shorter timers do not exist here.
+const ROUND_WAIT: Duration = Duration::from_millis(1);
 
 /// A command and who waits for its outcome.
 pub(crate) struct Proposal {
@@ -27,7 +32,13 @@ pub(crate) struct Proposal {
     pub(crate) proposer: Proposer<Proposed>,
 }
 
-/// The proposals of the rounds under way.
+impl Proposal {
+    fn bytes(&self) -> usize {
+        self.command.meta.len() + self.command.payload.len()
+    }
+}
+
+/// The proposals of a host's rounds under way, large ones excepted.
 #[derive(Default)]
 pub(crate) struct Flight {
     proposals: AtomicUsize,
@@ -47,36 +58,49 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         if self.0.proposals.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.landed.notify_one();
+            self.0.landed.notify_waiters();
         }
     }
 }
 
 impl Flight {
+    /// Ready once no proposal is under way, or none was at some moment since the call.
     async fn landed(&self) {
-        while self.proposals.load(Ordering::Acquire) > 0 {
-            // A landing between the look and the wait has left a permit.
-            self.landed.notified().await;
+        let mut landed = std::pin::pin!(self.landed.notified());
+        // Before the look, so that no landing is missed.
+        landed.as_mut().enable();
+        if self.proposals.load(Ordering::Acquire) > 0 {
+            landed.await;
         }
     }
 }
 
-/// Starts gathering for `replica`; ends when the sender is dropped.
-pub(crate) fn start(replica: Arc<dyn Replica>, metrics: Arc<Metrics>) -> mpsc::Sender<Proposal> {
+/// Starts gathering for `replica`; ends when the sender is dropped. `flight` is the host's.
+pub(crate) fn start(
+    replica: Arc<dyn Replica>,
+    flight: Arc<Flight>,
+    metrics: Arc<Metrics>,
+) -> mpsc::Sender<Proposal> {
     let (queue, proposals) = mpsc::channel(QUEUE);
-    tokio::spawn(run(replica, metrics, proposals));
+    tokio::spawn(run(replica, flight, metrics, proposals));
     queue
 }
 
-async fn run(replica: Arc<dyn Replica>, metrics: Arc<Metrics>, mut queue: mpsc::Receiver<Proposal>) {
-    let flight = Arc::<Flight>::default();
+async fn run(
+    replica: Arc<dyn Replica>,
+    flight: Arc<Flight>,
+    metrics: Arc<Metrics>,
+    mut queue: mpsc::Receiver<Proposal>,
+) {
     let mut round = Vec::new();
     while gather(&mut round, &mut queue, &flight).await {
         metrics.round_proposals.observe(round.len() as f64);
-        for Proposal { command, mut proposer } in round.drain(..) {
-            proposer.seat = Some(Seat::take(&flight));
+        for mut proposal in round.drain(..) {
+            if proposal.bytes() <= ROUND_BYTES {
+                proposal.proposer.seat = Some(Seat::take(&flight));
+            }
             // A replica that has stopped drops the proposer, which is what its owner hears.
-            drop(replica.propose(command, proposer).await);
+            let _ = replica.propose(proposal.command, proposal.proposer).await;
         }
     }
 }
@@ -88,16 +112,73 @@ async fn gather(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>,
     }
     // What arrived in the same read of a connection is proposed by tasks that are ready by now.
     tokio::task::yield_now().await;
-    while bytes(round) < ROUND_BYTES && round.len() < QUEUE {
+    let mut landed = std::pin::pin!(tokio::time::timeout(ROUND_WAIT, flight.landed()));
+    while round.len() < QUEUE && round.iter().map(Proposal::bytes).sum::<usize>() < ROUND_BYTES {
         tokio::select! {
             biased;
             more = queue.recv_many(round, QUEUE) => if more == 0 { break },
-            () = flight.landed() => break,
+            _ = &mut landed => break,
         }
     }
     true
 }
 
-fn bytes(round: &[Proposal]) -> usize {
-    round.iter().map(|proposal| proposal.command.meta.len() + proposal.command.payload.len()).sum()
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use futures_util::FutureExt;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::types::proposer;
+
+    fn proposal(bytes: usize) -> Proposal {
+        let command = LogCommand { meta: Bytes::new(), payload: Bytes::from(vec![0; bytes]) };
+        Proposal { command, proposer: proposer().0 }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_arrives_during_a_round_makes_up_the_next_one() {
+        let (sender, mut queue) = mpsc::channel(QUEUE);
+        let flight = Arc::<Flight>::default();
+        let mut round = Vec::new();
+        let begun = Instant::now();
+        sender.send(proposal(4096)).await.expect("there is room");
+        assert!(gather(&mut round, &mut queue, &flight).await);
+        assert_eq!((round.len(), begun.elapsed()), (1, Duration::ZERO), "nothing is under way: no wait");
+
+        let seats = [Seat::take(&flight), Seat::take(&flight)];
+        let mut next = Vec::new();
+        {
+            let mut gathering = std::pin::pin!(gather(&mut next, &mut queue, &flight));
+            for _ in 0..3 {
+                sender.send(proposal(4096)).await.expect("there is room");
+                assert!(gathering.as_mut().now_or_never().is_none(), "the round before is under way");
+            }
+            let [first, second] = seats;
+            drop(first);
+            assert!(gathering.as_mut().now_or_never().is_none(), "half of it is");
+            drop(second);
+            assert!(gathering.await);
+        }
+        assert_eq!((next.len(), begun.elapsed()), (3, Duration::ZERO));
+        drop(sender);
+        assert!(!gather(&mut next, &mut queue, &flight).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn large_proposals_and_those_behind_a_stuck_group_do_not_wait_long() {
+        let (sender, mut queue) = mpsc::channel(QUEUE);
+        let flight = Arc::<Flight>::default();
+        let _stuck = Seat::take(&flight);
+        let (mut round, begun) = (Vec::new(), Instant::now());
+        sender.send(proposal(1 << 20)).await.expect("there is room");
+        assert!(gather(&mut round, &mut queue, &flight).await);
+        assert_eq!((round.len(), begun.elapsed()), (1, Duration::ZERO));
+        round.clear();
+        sender.send(proposal(4096)).await.expect("there is room");
+        assert!(gather(&mut round, &mut queue, &flight).await);
+        assert_eq!(round.len(), 1);
+        assert!(begun.elapsed() <= 2 * ROUND_WAIT, "{:?}", begun.elapsed());
+    }
 }

@@ -17,7 +17,8 @@
 use super::checksum::{self, ZERO_BLOCK};
 use super::layout::{Bitmap, DATA_AT, Header, SLOT_BYTES, Slot, TABLE_AT, TABLE_BYTES};
 use super::{Patience, StoreError};
-use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev};
+use rustix::buffer::spare_capacity;
+use rustix::io::{Errno, ReadWriteFlags, pread, preadv2, pwritev};
 use spline_types::limits::{CHUNK_BLOCK_BYTES, CHUNK_BLOCKS};
 use spline_types::{ChunkId, ChunkRange, Extent};
 use std::fs::File;
@@ -164,7 +165,13 @@ impl Chunk {
         sums: &[u32],
         patience: Patience,
     ) -> Result<Result<Vec<u8>, u32>, StoreError> {
-        let mut data = vec![0; blocks.len() * BLOCK];
+        // In one piece, as most large reads are, it can be read without filling the memory with zeros first.
+        let whole = match (runs, patience) {
+            ([(_, _, true)], Patience::Blocking) => self.pread_fresh(blocks),
+            _ => None,
+        };
+        let is_read = whole.is_some();
+        let mut data = whole.unwrap_or_else(|| vec![0; blocks.len() * BLOCK]);
         for &(from, to, allocated) in runs {
             if !allocated {
                 continue;
@@ -172,8 +179,9 @@ impl Chunk {
             let part =
                 &mut data[(from - blocks.start) as usize * BLOCK..(to - blocks.start) as usize * BLOCK];
             // The disk can not give these bytes: the same to the caller as bytes that are wrong.
-            if let Some(block) =
-                first_unreadable(from, part, |into, block| self.pread(into, block, patience))?
+            if !is_read
+                && let Some(block) =
+                    first_unreadable(from, part, |into, block| self.pread(into, block, patience))?
             {
                 tracing::error!(chunk = %self.id, block, "the disk can not read a block");
                 return Ok(Err(block));
@@ -438,6 +446,23 @@ impl Chunk {
         }
         bytes[skip..skip + part.len()].copy_from_slice(part);
         Ok((bytes, sound))
+    }
+
+    /// Whole blocks into new memory; `None` if the disk does not give them all, and somebody must look closer.
+    fn pread_fresh(&self, blocks: &Range<u32>) -> Option<Vec<u8>> {
+        let bytes = blocks.len() * BLOCK;
+        let mut data = Vec::with_capacity(bytes);
+        let at = DATA_AT + u64::from(blocks.start) * BLOCK as u64;
+        while data.len() < bytes {
+            let from = at + data.len() as u64;
+            match pread(&self.file, spare_capacity(&mut data), from) {
+                Ok(0) => return None,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => return None,
+            }
+        }
+        data.truncate(bytes);
+        Some(data)
     }
 
     fn pread(&self, mut into: &mut [u8], block: u32, patience: Patience) -> Result<(), StoreError> {
