@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::errors::ClientWriteError;
+use openraft::errors::{ClientWriteError, ForwardReason};
 use openraft::impls::EmptyNode;
 use openraft::{ChangeMembers, ServerState};
 
@@ -121,6 +121,19 @@ fn held_lease(member: &Member) -> Option<LeaderId> {
     (acked.elapsed() < member.timing.read_lease()).then_some(leader)
 }
 
+/// Why a proposal was not carried out, before it is given up.
+enum Refusal {
+    /// openraft's leader has heard from no majority within its lease; nothing was logged.
+    Idle,
+    Final(ProposeError),
+}
+
+impl From<ProposeError> for Refusal {
+    fn from(error: ProposeError) -> Self {
+        Refusal::Final(error)
+    }
+}
+
 impl Group {
     /// Which group this is.
     pub fn id(&self) -> GroupId {
@@ -147,7 +160,15 @@ impl Group {
         let metrics = &self.member.metrics;
         metrics.proposals.inc();
         let begun = Instant::now();
-        let outcome = self.propose_once(command).await;
+        let renewals = self.member.renewals.load(Ordering::Acquire);
+        let mut refused = self.propose_once(command.clone()).await;
+        if matches!(refused, Err(Refusal::Idle)) && self.renew(renewals).await.is_ok() {
+            refused = self.propose_once(command).await;
+        }
+        let outcome = refused.map_err(|refusal| match refusal {
+            Refusal::Idle => ProposeError::NotLeader { leader: self.other_leader() },
+            Refusal::Final(error) => error,
+        });
         match &outcome {
             Ok(_) => metrics.propose_seconds.observe(begun.elapsed().as_secs_f64()),
             Err(_) => drop(metrics.proposals_refused.inc()),
@@ -155,22 +176,42 @@ impl Group {
         outcome
     }
 
-    async fn propose_once(&self, command: LogCommand) -> Result<Answer, ProposeError> {
+    async fn propose_once(&self, command: LogCommand) -> Result<Answer, Refusal> {
         if !self.wal.spare() {
-            return Err(if self.wal.poisoned() { ProposeError::Stopped } else { ProposeError::LogFull });
+            let error = if self.wal.poisoned() { ProposeError::Stopped } else { ProposeError::LogFull };
+            return Err(error.into());
         }
         let (proposer, outcome) = proposer();
         let queued = self.member.rounds.send(Proposal { command, proposer }).await;
         if queued.is_err() || !self.member.is_running() {
-            return Err(ProposeError::Stopped);
+            return Err(ProposeError::Stopped.into());
         }
         match outcome.await {
             Ok(Ok(applied)) => Ok(applied.data),
-            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
-                Err(ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) })
-            }
-            Ok(Err(_)) | Err(_) => Err(ProposeError::Unknown),
+            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => match forward.reason {
+                ForwardReason::LeaseExpired => Err(Refusal::Idle),
+                _ => Err(ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) }.into()),
+            },
+            Ok(Err(_)) | Err(_) => Err(ProposeError::Unknown.into()),
         }
+    }
+
+    /// Lets openraft's leader hear from a majority: it takes no proposal without, and knows nothing of heartbeats. One
+    /// round for all that wait; none if there was one since `seen` was read.
+    async fn renew(&self, seen: u64) -> Result<(), ()> {
+        let member = &self.member;
+        let _one = member.round.lock().await;
+        if member.renewals.load(Ordering::Acquire) == seen {
+            member.replica.read_round(member.timing.election_min).await?;
+            member.renewals.fetch_add(1, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// [`Group::renew`] before a change of members.
+    async fn renew_for_change(&self) -> Result<(), RaftError> {
+        let renewed = self.renew(self.member.renewals.load(Ordering::Acquire)).await;
+        renewed.map_err(|()| RaftError::Refused("a majority does not answer".to_owned()))
     }
 
     /// Ready when a linearizable local read may start. Cheap while the leader's lease holds; otherwise one round to
@@ -268,6 +309,7 @@ impl Group {
             self.member.has_grown.store(true, Ordering::Release);
         }
         for node in add.iter().filter(|node| !status.voters.contains(node)) {
+            self.renew_for_change().await?;
             self.member.replica.add_learner(node.0).await?;
         }
         let now = self.status();
@@ -277,11 +319,13 @@ impl Group {
             return Err(RaftError::Refused("a group can not lose its last member".to_owned()));
         }
         if voters != now.voters.iter().map(|node| node.0).collect() {
+            self.renew_for_change().await?;
             self.member.replica.change(ChangeMembers::ReplaceAllVoters(voters)).await?;
         }
         let left: BTreeSet<u64> =
             self.status().learners.iter().filter(|node| remove.contains(node)).map(|node| node.0).collect();
         if !left.is_empty() {
+            self.renew_for_change().await?;
             self.member.replica.change(ChangeMembers::RemoveNodes(left)).await?;
         }
         Ok(())

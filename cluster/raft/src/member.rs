@@ -59,6 +59,8 @@ pub(crate) struct Member {
     pub(crate) has_grown: AtomicBool,
     /// One read round at a time; the others wait for it and share its result.
     pub(crate) round: tokio::sync::Mutex<()>,
+    /// Rounds that were made because openraft's leader had heard from nobody for a lease.
+    pub(crate) renewals: AtomicU64,
     /// When this replica may stand for election again.
     pub(crate) campaign_not_before: Mutex<Option<Instant>>,
     pub(crate) checkpointing: tokio::sync::Mutex<()>,
@@ -94,6 +96,7 @@ impl Member {
             transferring: AtomicU64::new(u64::MAX),
             has_grown: AtomicBool::new(false),
             round: tokio::sync::Mutex::new(()),
+            renewals: AtomicU64::new(0),
             campaign_not_before: Mutex::default(),
             checkpointing: tokio::sync::Mutex::new(()),
             stopped: AtomicBool::new(false),

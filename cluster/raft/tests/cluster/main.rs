@@ -84,6 +84,31 @@ fn an_idle_leader_keeps_its_lease_without_a_message_of_the_group() {
 }
 
 #[test]
+fn the_first_write_after_a_pause_is_answered() {
+    let dirs = dirs(4);
+    let mut nodes = three(&dirs);
+    nodes.push(Node::start(dirs[3].path().to_owned(), NodeId(9), None));
+    let all: Vec<&Node> = nodes.iter().collect();
+    introduce(&all);
+    // What is done by the leader after three leases without a message; again if the machine stood still.
+    let after_a_pause = |work: &dyn Fn(&Node)| {
+        until("a pause under one leader", || {
+            let node = &nodes[leader(&all[..3])];
+            let term = node.group.status().term;
+            std::thread::sleep(3 * LEASE);
+            let is_led = || node.role() == Role::Leader && node.group.status().term == term;
+            is_led().then(|| work(node))
+        });
+    };
+    after_a_pause(&|node| assert_eq!(node.propose(1, "one"), Ok(1)));
+    after_a_pause(&|node| {
+        let group = node.group.clone();
+        node.run(async move { group.change_members(&[NodeId(9)], &[]).await })
+            .expect("the members are changed");
+    });
+}
+
+#[test]
 fn a_follower_that_starts_into_an_idle_group_applies_what_is_committed() {
     let dirs = dirs(3);
     let mut nodes = three(&dirs);
