@@ -199,10 +199,14 @@ impl Footprint {
         self.carrying_vote = false;
     }
 
+    /// A purge older than the latest is void here too: the segment of the latest stays needed.
     pub(super) fn purge(&mut self, upto: u64, generation: u64) {
+        if upto + 1 < self.needed_from {
+            return;
+        }
         self.purged_at = Some(generation);
         self.carrying_purge = false;
-        self.needed_from = self.needed_from.max(upto + 1);
+        self.needed_from = upto + 1;
         self.let_go();
     }
 

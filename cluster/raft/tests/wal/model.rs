@@ -42,6 +42,8 @@ impl Group {
             Step::Append(entry) => self.entries.push(entry.clone()),
             Step::Vote(vote) => self.vote = Some(vote.clone()),
             Step::Truncate(after) => self.entries.retain(|e| after.is_some_and(|after| e.index <= after)),
+            // A purge older than the latest is void.
+            Step::Purge(upto, _) if self.purged.as_ref().is_some_and(|(latest, _)| latest > upto) => {}
             Step::Purge(upto, state) => {
                 self.entries.retain(|entry| entry.index > *upto);
                 self.purged = Some((*upto, state.clone()));
@@ -182,10 +184,8 @@ impl Life {
     }
 
     fn purge(&mut self, group: u32, upto: Option<u64>) {
-        let latest =
-            self.model.0.get(&group).and_then(|held| held.purged.as_ref().map(|(latest, _)| *latest));
-        if let Some(upto) = upto.filter(|upto| latest.is_none_or(|latest| *upto >= latest)) {
-            let state = Bytes::from(format!("purged to {upto}"));
+        if let Some(upto) = upto {
+            let state = Bytes::from(format!("purged to {upto} in step {}", self.steps.len()));
             self.note(group, Step::Purge(upto, state.clone()));
             self.wal.purge(GroupId(group), upto, state);
         }
@@ -306,4 +306,24 @@ fn a_long_life_recycles_its_segments() {
     let (_, recovered) = open(&SimDisk::new(disk.image()), config()).unwrap();
     assert_eq!(recovered[&GroupId(9)].vote.as_deref(), Some(b"an idle group's vote".as_slice()));
     assert_eq!(recovered[&group].next, 600);
+}
+
+#[test]
+fn a_void_purge_does_not_stand_for_the_latest() {
+    let disk = SimDisk::new(Image::new());
+    let (wal, _) = open(&disk, config()).unwrap();
+    let latest = Bytes::from_static(b"latest");
+    wal.purge(GroupId(1), 30, latest.clone());
+    // Into a later segment.
+    for index in 0..16 {
+        let (done, receiver) = WalDone::oneshot();
+        wal.append(GroupId(2), vec![entry(index, 1000, 1)], done);
+        receiver.blocking_recv().unwrap().unwrap();
+    }
+    wal.purge(GroupId(1), 1, Bytes::from_static(b"void"));
+    // The first segment is needed no more but for the latest purge of group 1, which is written again.
+    wal.purge(GroupId(2), 15, Bytes::new());
+    wal.close();
+    let (_, recovered) = open(&SimDisk::new(disk.image()), config()).unwrap();
+    assert_eq!(recovered[&GroupId(1)].purged, Some((30, latest)));
 }
