@@ -73,8 +73,9 @@ fn a_purge_makes_room_while_entries_wait_for_it() {
     disk.set_room(3);
     let (wal, _) = open(&disk, config()).unwrap();
     let mut waiting: Vec<_> = (0..60).map(|index| append(&wal, 1, index, 1000)).collect();
-    let mut durable = 0;
-    // Three segments take some 25 of these; each purge of what is durable lets more in.
+    let (mut durable, mut purged) = (0, 0);
+    // Three segments take some 25 of these; each purge of what is durable lets more in. One purge each: a queue of many
+    // would be in the way.
     for (index, receiver) in waiting.drain(..).enumerate() {
         let mut receiver = receiver;
         loop {
@@ -85,8 +86,9 @@ fn a_purge_makes_room_while_entries_wait_for_it() {
                     break;
                 }
                 Err(_) => {
-                    if !wal.spare() && durable > 0 {
+                    if !wal.spare() && durable > purged {
                         wal.purge(GroupId(1), durable, Bytes::from_static(b"p"));
+                        purged = durable;
                     }
                     thread::yield_now();
                 }
