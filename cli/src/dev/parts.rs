@@ -43,7 +43,7 @@ impl Parts {
 
         let mut registry = Registry::default();
         let settings = json!({
-            "data_dir": dir.data("mds")?, "listen": state.mds, "copysets": copysets, "heartbeat": "200ms",
+            "data_dir": dir.data("mds")?, "listen": state.mds, "copysets": copysets,
         });
         let mds = Mds::start(config(settings)?, &mut registry)
             .await
