@@ -95,8 +95,8 @@ pub(crate) struct HostState {
     /// Wakes the clock before its time: there is a group that it does not know.
     pub(crate) wake: Arc<tokio::sync::Notify>,
     intake: Arc<Intake>,
-    metrics: Arc<Metrics>,
-    flight: Arc<Flight>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) flight: Arc<Flight>,
     pub(crate) throttle: Arc<Throttle>,
     openraft: Arc<Config>,
     members: RwLock<HashMap<GroupId, Arc<Member>>>,
@@ -205,16 +205,7 @@ impl RaftHost {
         raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         started.store(true, Ordering::Release);
         let replica: Arc<dyn Replica> = Arc::new(raft);
-        let member = Member::new(
-            id,
-            host.node,
-            replica,
-            log,
-            acks,
-            host.timing,
-            host.metrics.clone(),
-            host.flight.clone(),
-        );
+        let member = Member::new(host, id, replica, log, acks);
         let member = Arc::new(member);
         host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
         host.wake.notify_one();

@@ -12,12 +12,13 @@ use openraft::{RaftMetrics, ServerState};
 use tokio::sync::mpsc;
 
 use crate::command::{GroupId, NodeId};
+use crate::host::HostState;
 use crate::log_store::LogStore;
 use crate::metrics::Metrics;
 use crate::network::acks::Acks;
 use crate::promise::Promise;
 use crate::replica::Replica;
-use crate::rounds::{self, Flight, Proposal};
+use crate::rounds::{self, Proposal};
 use crate::snapshot::Inbound;
 use crate::types::{LeaderId, MetricsReceiver, TypeConfig, VoteRequest, VoteResponse};
 
@@ -69,21 +70,20 @@ pub(crate) struct Member {
 
 impl Member {
     pub(crate) fn new(
+        host: &HostState,
         id: GroupId,
-        node: NodeId,
         replica: Arc<dyn Replica>,
         log: LogStore,
         acks: Arc<Acks>,
-        timing: Timing,
-        metrics: Arc<Metrics>,
-        flight: Arc<Flight>,
     ) -> Member {
+        let HostState { node, timing, metrics, flight, .. } = host;
+        let (node, timing, metrics) = (*node, *timing, metrics.clone());
         let promise = Promise::new(timing.lease, log.vote());
         Member {
             id,
             node,
             raft: replica.metrics(),
-            rounds: rounds::start(replica.clone(), flight, metrics.clone()),
+            rounds: rounds::start(replica.clone(), flight.clone(), metrics.clone()),
             replica,
             log,
             acks,
