@@ -199,13 +199,21 @@ impl Group {
     /// Lets openraft's leader hear from a majority: it takes no proposal without, and knows nothing of heartbeats. One
     /// round for all that wait; none if there was one since `seen` was read.
     async fn renew(&self, seen: u64) -> Result<(), ()> {
-        let member = &self.member;
-        let _one = member.round.lock().await;
-        if member.renewals.load(Ordering::Acquire) == seen {
-            member.replica.read_round(member.timing.election_min).await?;
-            member.renewals.fetch_add(1, Ordering::Release);
+        let (member, begun) = (&self.member, Instant::now());
+        let mut failed = member.round.lock().await;
+        if member.renewals.load(Ordering::Acquire) != seen {
+            return Ok(());
         }
-        Ok(())
+        // Without a majority, those who wait must not try one after the other.
+        if failed.is_some_and(|at| at >= begun) {
+            return Err(());
+        }
+        let outcome = member.replica.read_round(member.timing.election_min).await;
+        match outcome {
+            Ok(()) => drop(member.renewals.fetch_add(1, Ordering::Release)),
+            Err(()) => *failed = Some(Instant::now()),
+        }
+        outcome
     }
 
     /// [`Group::renew`] before a change of members.
@@ -226,18 +234,21 @@ impl Group {
             return Ok(ReadLease { leased: Some((member.clone(), leader)) });
         }
         self.require_leader()?;
-        let _one = member.round.lock().await;
+        let begun = Instant::now();
+        let mut failed = member.round.lock().await;
         if let Some(leader) = held_lease(member) {
             member.metrics.reads_by_lease.inc();
             return Ok(ReadLease { leased: Some((member.clone(), leader)) });
         }
         self.require_leader()?;
-        match self.read_round().await {
+        let outcome = if failed.is_some_and(|at| at >= begun) { Err(()) } else { self.read_round().await };
+        match outcome {
             Ok(()) => {
                 member.metrics.reads_by_round.inc();
                 Ok(ReadLease { leased: None })
             }
             Err(()) => {
+                *failed = Some(Instant::now());
                 member.metrics.reads_refused.inc();
                 Err(ProposeError::NotLeader { leader: self.other_leader() })
             }

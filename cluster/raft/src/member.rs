@@ -58,8 +58,8 @@ pub(crate) struct Member {
     pub(crate) transferring: AtomicU64,
     /// Once other voters were added, a single voter's rule (no lease needed) never applies again in this run.
     pub(crate) has_grown: AtomicBool,
-    /// One read round at a time; the others wait for it and share its result.
-    pub(crate) round: tokio::sync::Mutex<()>,
+    /// One round at a time; the others wait for it and share its result. When one has failed last.
+    pub(crate) round: tokio::sync::Mutex<Option<Instant>>,
     /// Rounds that were made because openraft's leader had heard from nobody for a lease.
     pub(crate) renewals: AtomicU64,
     /// When this replica may stand for election again.
@@ -95,7 +95,7 @@ impl Member {
             unanswered: AtomicU32::new(0),
             transferring: AtomicU64::new(u64::MAX),
             has_grown: AtomicBool::new(false),
-            round: tokio::sync::Mutex::new(()),
+            round: tokio::sync::Mutex::new(None),
             renewals: AtomicU64::new(0),
             campaign_not_before: Mutex::default(),
             checkpointing: tokio::sync::Mutex::new(()),

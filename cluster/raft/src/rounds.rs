@@ -5,11 +5,10 @@
 //! a sync and system calls per host. That is why the groups of a host start their rounds together.
 //! Must not know what a proposal means.
 //!
-//! `bounded`: a group's queue has [`QUEUE`] places. Large proposals neither wait nor are waited for, and nobody waits
-//! longer than [`ROUND_WAIT`] for others: a group without a majority must not stop its neighbours.
+//! `bounded`: a group's queue has [`QUEUE`] places. Large proposals neither wait nor are waited for, and what is not done
+//! after [`ROUND_WAIT`] is left behind: a group without a majority must not stop its neighbours.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -23,7 +22,8 @@ use crate::types::{Proposed, Proposer};
 const QUEUE: usize = 2048;
 /// A round that has gathered so many bytes goes at once: more would save nothing and only hold large writes back.
 const ROUND_BYTES: usize = 64 << 10;
-/// Longest wait for the round before: a round on a healthy group takes less, and shorter timers do not exist here.
+/// Longest wait for the round before, to the timer's exactness of a millisecond: a round of healthy groups takes about
+/// as long.
 const ROUND_WAIT: Duration = Duration::from_millis(1);
 
 /// A command and who waits for its outcome.
@@ -41,36 +41,63 @@ impl Proposal {
 /// The proposals of a host's rounds under way, large ones excepted.
 #[derive(Default)]
 pub(crate) struct Flight {
-    proposals: AtomicUsize,
+    aboard: Mutex<Aboard>,
     landed: Notify,
 }
 
+/// What is waited for: the proposals since the last time that somebody gave up waiting.
+#[derive(Clone, Copy, Default)]
+struct Aboard {
+    number: u64,
+    proposals: usize,
+}
+
 /// One proposal's part in a round: dropped with its outcome.
-pub(crate) struct Seat(Arc<Flight>);
+pub(crate) struct Seat {
+    flight: Arc<Flight>,
+    number: u64,
+}
 
 impl Seat {
     fn take(flight: &Arc<Flight>) -> Seat {
-        flight.proposals.fetch_add(1, Ordering::AcqRel);
-        Seat(flight.clone())
+        let mut aboard = flight.aboard();
+        aboard.proposals += 1;
+        Seat { flight: flight.clone(), number: aboard.number }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if self.0.proposals.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.landed.notify_waiters();
+        let mut aboard = self.flight.aboard();
+        if aboard.number != self.number {
+            return;
+        }
+        aboard.proposals -= 1;
+        if aboard.proposals == 0 {
+            self.flight.landed.notify_waiters();
         }
     }
 }
 
 impl Flight {
-    /// Ready once no proposal is under way, or none was at some moment since the call.
+    fn aboard(&self) -> MutexGuard<'_, Aboard> {
+        // Assignments only run under the lock.
+        self.aboard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ready once no proposal is under way, or none was at some moment since the call, or [`ROUND_WAIT`] has passed:
+    /// what is under way then is waited for no more, by nobody.
     async fn landed(&self) {
         let mut landed = std::pin::pin!(self.landed.notified());
         // Before the look, so that no landing is missed.
         landed.as_mut().enable();
-        if self.proposals.load(Ordering::Acquire) > 0 {
-            landed.await;
+        let Aboard { number, proposals } = *self.aboard();
+        if proposals > 0 && tokio::time::timeout(ROUND_WAIT, landed).await.is_err() {
+            let mut aboard = self.aboard();
+            if aboard.number == number {
+                *aboard = Aboard { number: number + 1, proposals: 0 };
+                self.landed.notify_waiters();
+            }
         }
     }
 }
@@ -112,12 +139,12 @@ async fn gather(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>,
     }
     // What arrived in the same read of a connection is proposed by tasks that are ready by now.
     tokio::task::yield_now().await;
-    let mut landed = std::pin::pin!(tokio::time::timeout(ROUND_WAIT, flight.landed()));
+    let mut landed = std::pin::pin!(flight.landed());
     while round.len() < QUEUE && round.iter().map(Proposal::bytes).sum::<usize>() < ROUND_BYTES {
         tokio::select! {
             biased;
             more = queue.recv_many(round, QUEUE) => if more == 0 { break },
-            _ = &mut landed => break,
+            () = &mut landed => break,
         }
     }
     true
@@ -170,7 +197,7 @@ mod tests {
     async fn large_proposals_and_those_behind_a_stuck_group_do_not_wait_long() {
         let (sender, mut queue) = mpsc::channel(QUEUE);
         let flight = Arc::<Flight>::default();
-        let _stuck = Seat::take(&flight);
+        let stuck = Seat::take(&flight);
         let (mut round, begun) = (Vec::new(), Instant::now());
         sender.send(proposal(1 << 20)).await.expect("there is room");
         assert!(gather(&mut round, &mut queue, &flight).await);
@@ -179,6 +206,18 @@ mod tests {
         sender.send(proposal(4096)).await.expect("there is room");
         assert!(gather(&mut round, &mut queue, &flight).await);
         assert_eq!(round.len(), 1);
-        assert!(begun.elapsed() <= 2 * ROUND_WAIT, "{:?}", begun.elapsed());
+        let waited = begun.elapsed();
+        assert!(waited <= 2 * ROUND_WAIT, "{waited:?}");
+
+        // It has been left behind: nobody waits for it a second time, nor is anything amiss when it ends.
+        round.clear();
+        sender.send(proposal(4096)).await.expect("there is room");
+        assert!(gather(&mut round, &mut queue, &flight).await);
+        assert_eq!((round.len(), begun.elapsed()), (1, waited));
+        let seat = Seat::take(&flight);
+        drop(stuck);
+        assert_eq!(flight.aboard().proposals, 1);
+        drop(seat);
+        assert_eq!(flight.aboard().proposals, 0);
     }
 }

@@ -185,10 +185,9 @@ impl Committer {
     fn encode(&mut self, work: &Work, generation: u64, offset: u64) -> Vec<Location> {
         format::start_batch(&mut self.buffer);
         let mut locations = Vec::with_capacity(work.ops.len());
-        let mut sums = Vec::with_capacity(work.ops.len());
         for op in &work.ops {
             let at = offset + self.buffer.as_ref().len() as u64;
-            sums.push(op.record.encode(op.group, &mut self.buffer));
+            op.record.encode(op.group, &mut self.buffer);
             // Offsets and lengths fit: the configuration bounds a segment to 1 GiB.
             locations.push(Location { generation, offset: at as u32, length: op.length as u32 });
         }
@@ -200,7 +199,7 @@ impl Committer {
             sequence: self.sequence,
             oldest: work.oldest,
         };
-        format::finish_batch(&mut self.buffer, header, &sums);
+        format::finish_batch(&mut self.buffer, header);
         locations
     }
 

@@ -37,10 +37,6 @@ pub const VERSIONS: [u32; 1] = [
     1, // segment header 64 of 4096 bytes, batch header 48 bytes, record header 32 bytes, crc32c
 ];
 
-/// Records from this length on are not read a second time for the checksum of their batch: below, putting checksums
-/// together costs more.
-const COMBINED_BYTES: usize = 64 << 10;
-
 fn crc32c(bytes: &[u8]) -> u32 {
     crc_fast::crc32_iscsi(bytes)
 }
@@ -163,20 +159,8 @@ pub fn start_batch(buffer: &mut AlignedBuffer) {
     buffer.resize(BATCH_HEADER);
 }
 
-/// Where a record lies in its batch, and its checksum.
-#[derive(Clone, Copy, Debug)]
-pub struct RecordSum {
-    /// Bytes of the batch before the record.
-    pub start: usize,
-    /// Bytes of the batch with it.
-    pub end: usize,
-    /// crc32c of all of it but its first four bytes.
-    pub crc: u32,
-}
-
-/// Pads the batch to the sector and fills in its header; the header's length is taken from the buffer. `sums` spare
-/// going over long records once more; it may leave records out.
-pub fn finish_batch(buffer: &mut AlignedBuffer, header: BatchHeader, sums: &[RecordSum]) {
+/// Pads the batch to the sector and fills in its header; the header's length is taken from the buffer.
+pub fn finish_batch(buffer: &mut AlignedBuffer, header: BatchHeader) {
     let length = buffer.as_ref().len().next_multiple_of(SECTOR);
     buffer.resize(length);
     let bytes = buffer.as_mut();
@@ -188,26 +172,8 @@ pub fn finish_batch(buffer: &mut AlignedBuffer, header: BatchHeader, sums: &[Rec
     bytes[24..32].copy_from_slice(&header.generation.to_le_bytes());
     bytes[32..40].copy_from_slice(&header.sequence.to_le_bytes());
     bytes[40..48].copy_from_slice(&header.oldest.to_le_bytes());
-    let crc = batch_crc(bytes, sums);
+    let crc = crc32c(&bytes[8..]);
     bytes[4..8].copy_from_slice(&crc.to_le_bytes());
-}
-
-/// crc32c of a batch from its byte 8 on.
-fn batch_crc(bytes: &[u8], sums: &[RecordSum]) -> u32 {
-    let (mut crc, mut done) = (crc32c(&[]), 8);
-    for sum in sums.iter().filter(|sum| sum.end - sum.start >= COMBINED_BYTES) {
-        let body = sum.start + 4;
-        crc = combine(crc, crc32c(&bytes[done..body]), body - done);
-        crc = combine(crc, sum.crc, sum.end - body);
-        done = sum.end;
-    }
-    combine(crc, crc32c(&bytes[done..]), bytes.len() - done)
-}
-
-/// The crc32c of two strings in a row, from theirs; `length` is the second's, in bytes.
-fn combine(first: u32, second: u32, length: usize) -> u32 {
-    let algorithm = crc_fast::CrcAlgorithm::Crc32Iscsi;
-    crc_fast::checksum_combine(algorithm, first.into(), second.into(), length as u64) as u32
 }
 
 /// What a record says of its group.
@@ -245,7 +211,7 @@ impl Record {
 
     /// Appends the record: crc32c of 4..end at 0..4, kind 4, zero 5..8, group 8..12, header length 12..16, index 16..24,
     /// meta length 24..28, payload length 28..32, then header, meta, payload. Lengths must fit a segment.
-    pub fn encode(&self, group: GroupId, buffer: &mut AlignedBuffer) -> RecordSum {
+    pub fn encode(&self, group: GroupId, buffer: &mut AlignedBuffer) {
         let (kind, index, [header, meta, payload]) = self.parts();
         let start = buffer.as_ref().len();
         let mut fixed = [0; RECORD_HEADER];
@@ -261,7 +227,6 @@ impl Record {
         let bytes = &mut buffer.as_mut()[start..];
         let crc = crc32c(&bytes[4..]);
         bytes[0..4].copy_from_slice(&crc.to_le_bytes());
-        RecordSum { start, end: start + bytes.len(), crc }
     }
 }
 

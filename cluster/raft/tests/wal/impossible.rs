@@ -24,7 +24,7 @@ fn segment_of(log: u64, generation: u64, batches: &[(BatchHeader, Record)]) -> V
         let mut buffer = AlignedBuffer::default();
         start_batch(&mut buffer);
         record.encode(GroupId(1), &mut buffer);
-        finish_batch(&mut buffer, *header, &[]);
+        finish_batch(&mut buffer, *header);
         file.extend_from_slice(buffer.as_ref());
     }
     file.resize(bytes as usize, 0);

@@ -139,7 +139,7 @@ fn batch(input: &mut Input<'_>, segment: &mut Segment, sequence: &mut u64, raw: 
     }
     debug_assert!(buffer.as_ref().len() >= BATCH_HEADER);
     *sequence = header.sequence.wrapping_add(1);
-    finish_batch(&mut buffer, header, &[]);
+    finish_batch(&mut buffer, header);
     put(segment, buffer.as_ref());
 }
 
