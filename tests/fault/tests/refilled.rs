@@ -18,7 +18,9 @@ const PROGRESS: u64 = 600;
 /// serve everything and verifies every block.
 fn refill(harm: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<Cluster> {
     // Checkpoints after little log: what the peers have purged can only come by a snapshot.
-    let mut cluster = Cluster::start_as(&Shape { checkpoint_log: "64K", ..Shape::default() })?;
+    // As few copysets as hold a segment: every one of them is written to.
+    let shape = Shape { checkpoint_log: "64K", copysets: Some(3), ..Shape::default() };
+    let mut cluster = Cluster::start_as(&shape)?;
     cluster.create_volume("disk", "1G")?;
     let export = cluster.export("disk", false)?;
     let workload = Workload::start(&export.socket, "disk", History::new(BLOCKS), 1);

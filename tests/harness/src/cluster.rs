@@ -45,6 +45,8 @@ pub struct Shape {
     pub proxied: bool,
     /// Where the first chunkserver keeps its data; the others, in the cluster's directory.
     pub first_data_dir: Option<PathBuf>,
+    /// Raft groups; `None`: six.
+    pub copysets: Option<u32>,
 }
 
 impl Cluster {
@@ -65,12 +67,13 @@ impl Cluster {
         let root = dir.path();
         let addresses = ports::free(2 * CHUNKSERVERS + 2)?;
         let mds_address = addresses[0];
+        let copysets = shape.copysets.unwrap_or(COPYSETS);
         let mds = configured(
             root,
             "mds",
             "spline-mds",
             &format!(
-                "data_dir = {:?}\nlisten = \"{mds_address}\"\ncopysets = {COPYSETS}\nheartbeat = \"200ms\"\ndown_after = \"2s\"\n",
+                "data_dir = {:?}\nlisten = \"{mds_address}\"\ncopysets = {copysets}\nheartbeat = \"200ms\"\ndown_after = \"2s\"\n",
                 made(root.join("mds"))?
             ),
         )?;
