@@ -54,5 +54,12 @@ pub struct LogCommand {
     pub payload: Bytes,
 }
 
+impl LogCommand {
+    /// Bytes of meta and payload.
+    pub(crate) fn bytes(&self) -> usize {
+        self.meta.len() + self.payload.len()
+    }
+}
+
 /// What `apply` returns to the proposer: opaque, small.
 pub type Answer = Bytes;

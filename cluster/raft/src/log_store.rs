@@ -242,7 +242,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             .map(|entry| {
                 last = Some(entry.log_id);
                 let (index, header, command) = codec::encode_entry(entry);
-                bytes += (header.len() + command.meta.len() + command.payload.len()) as u64;
+                bytes += (header.len() + command.bytes()) as u64;
                 WalEntry { index, header, command }
             })
             .collect();

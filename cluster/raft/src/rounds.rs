@@ -32,12 +32,6 @@ pub(crate) struct Proposal {
     pub(crate) proposer: Proposer<Proposed>,
 }
 
-impl Proposal {
-    fn bytes(&self) -> usize {
-        self.command.meta.len() + self.command.payload.len()
-    }
-}
-
 /// The proposals of a host's rounds under way, large ones excepted.
 #[derive(Default)]
 pub(crate) struct Flight {
@@ -123,7 +117,7 @@ async fn run(
     while gather(&mut round, &mut queue, &flight).await {
         metrics.round_proposals.observe(round.len() as f64);
         for mut proposal in round.drain(..) {
-            if proposal.bytes() <= ROUND_BYTES {
+            if proposal.command.bytes() <= ROUND_BYTES {
                 proposal.proposer.seat = Some(Seat::take(&flight));
             }
             // A replica that has stopped drops the proposer, which is what its owner hears.
@@ -140,7 +134,7 @@ async fn gather(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>,
     // What arrived in the same read of a connection is proposed by tasks that are ready by now.
     tokio::task::yield_now().await;
     let mut landed = std::pin::pin!(flight.landed());
-    while round.len() < QUEUE && round.iter().map(Proposal::bytes).sum::<usize>() < ROUND_BYTES {
+    while round.len() < QUEUE && bytes(round) < ROUND_BYTES {
         tokio::select! {
             biased;
             more = queue.recv_many(round, QUEUE) => if more == 0 { break },
@@ -148,6 +142,10 @@ async fn gather(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>,
         }
     }
     true
+}
+
+fn bytes(round: &[Proposal]) -> usize {
+    round.iter().map(|proposal| proposal.command.bytes()).sum()
 }
 
 #[cfg(test)]

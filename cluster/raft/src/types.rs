@@ -5,7 +5,7 @@ use std::fmt;
 use openraft::impls::{BoxedErrorSource, EmptyNode, InlineBatch, TokioRuntime, leader_id_adv};
 use openraft::raft::ClientWriteResult;
 use openraft::raft::responder::Responder;
-use openraft::{OptionalSend, RaftTypeConfig, alias};
+use openraft::{EntryPayload, OptionalSend, RaftTypeConfig, alias};
 use tokio::sync::oneshot;
 
 use crate::command::{Answer, LogCommand, LogPosition};
@@ -71,6 +71,14 @@ pub(crate) fn proposer() -> (Proposer<Proposed>, oneshot::Receiver<Proposed>) {
 impl<T: OptionalSend + 'static> Responder<TypeConfig, T> for Proposer<T> {
     fn on_complete(self, result: T) {
         drop(self.outcome.send(result));
+    }
+}
+
+/// Bytes of the command that an entry carries.
+pub(crate) fn command_bytes(entry: &Entry) -> usize {
+    match &entry.payload {
+        EntryPayload::Normal(command) => command.bytes(),
+        EntryPayload::Blank | EntryPayload::Membership(_) => 0,
     }
 }
 

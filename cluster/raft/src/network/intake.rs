@@ -7,11 +7,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use openraft::EntryPayload;
-
 use crate::codec::message::Request;
 use crate::member::Member;
-use crate::types::Entry;
+use crate::types::{Entry, command_bytes};
 
 /// Most requests of one group that wait for an answer: four times a stream's window, because the streams of connections
 /// that broke leave theirs behind.
@@ -47,11 +45,7 @@ impl Intake {
 }
 
 fn cost(entry: &Entry) -> u64 {
-    let command = match &entry.payload {
-        EntryPayload::Normal(command) => command.meta.len() + command.payload.len(),
-        EntryPayload::Blank | EntryPayload::Membership(_) => 0,
-    };
-    command as u64 + ENTRY_COST
+    command_bytes(entry) as u64 + ENTRY_COST
 }
 
 /// Held while a request waits for its answer.

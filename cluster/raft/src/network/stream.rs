@@ -23,8 +23,7 @@ use super::{broken, unexpected};
 use crate::codec::message::{Reply, Request};
 use crate::command::{GroupId, NodeId};
 use crate::metrics::Metrics;
-use crate::types::{AppendRequest, LeaderId, LogId, RpcError, TypeConfig};
-use openraft::EntryPayload;
+use crate::types::{AppendRequest, LeaderId, LogId, RpcError, TypeConfig, command_bytes};
 
 /// Most unanswered messages of one stream: enough to fill a slow link with small entries.
 pub(crate) const WINDOW_MESSAGES: usize = 64;
@@ -189,20 +188,13 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
         let (leader, begun) = (append.vote.leader_id, std::time::Instant::now());
         let previous = append.prev_log_id;
         let last = append.entries.last().map(|entry| entry.log_id).or(previous);
-        let bytes = append.entries.iter().map(entry_bytes).sum();
+        let bytes = append.entries.iter().map(command_bytes).sum();
         self.metrics.appends_sent.inc();
         self.metrics.entries_sent.inc_by(append.entries.len() as u64);
         let request = self.link.send(self.group, Request::Append(append), &self.reply_to).await?;
         self.bytes += bytes;
         self.sent.push_back(Sent { request, leader, begun, previous, last, bytes, reply: None });
         Ok(())
-    }
-}
-
-fn entry_bytes(entry: &crate::types::Entry) -> usize {
-    match &entry.payload {
-        EntryPayload::Normal(command) => command.meta.len() + command.payload.len(),
-        EntryPayload::Blank | EntryPayload::Membership(_) => 0,
     }
 }
 

@@ -136,7 +136,7 @@ impl Batch {
     }
 
     fn push(&mut self, at: LogPosition, command: LogCommand, responder: Option<ApplyResponder<TypeConfig>>) {
-        self.bytes += command.meta.len() + command.payload.len();
+        self.bytes += command.bytes();
         self.commands.push((at, command));
         self.responders.push(responder);
     }

@@ -232,7 +232,7 @@ impl Record {
 
 /// Bytes of an entry in a batch.
 pub fn entry_length(entry: &WalEntry) -> usize {
-    RECORD_HEADER + entry.header.len() + entry.command.meta.len() + entry.command.payload.len()
+    RECORD_HEADER + entry.header.len() + entry.command.bytes()
 }
 
 /// A record found in a batch; `bytes` are the whole record.

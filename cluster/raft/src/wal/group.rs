@@ -41,7 +41,7 @@ impl Slot {
 
 /// Bytes of memory a cached entry counts for.
 pub(super) fn cost(entry: &WalEntry) -> u64 {
-    (entry.header.len() + entry.command.meta.len() + entry.command.payload.len()) as u64 + SLOT_COST
+    (entry.header.len() + entry.command.bytes()) as u64 + SLOT_COST
 }
 
 /// What readers see of a group. Entries are contiguous from `first`.

@@ -1,7 +1,7 @@
 //! A stream over an in-memory connection, with paused time: what the peer gets, and when.
 
 use futures_util::stream::BoxStream;
-use openraft::Entry;
+use openraft::{Entry, EntryPayload};
 use prometheus_client::registry::Registry;
 use spline_wire::{FrameReceiver, FrameSender};
 use tokio::io::{duplex, split};
