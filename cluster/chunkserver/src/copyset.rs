@@ -319,6 +319,7 @@ pub fn node_of(id: ChunkserverId) -> NodeId {
 fn fault_of(error: ProposeError) -> Fault {
     match error {
         ProposeError::NotLeader { .. } => Fault::Unavailable(Unavailable::NotLeader),
+        ProposeError::Overloaded => Fault::Unavailable(Unavailable::Overloaded),
         ProposeError::LogFull => Fault::NoSpace,
         // It may still be carried out: the client must treat the attempt as such.
         ProposeError::Unknown | ProposeError::Stopped => Fault::Unavailable(Unavailable::Unreachable),

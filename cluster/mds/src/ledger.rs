@@ -68,6 +68,9 @@ fn refuse(error: ProposeError) -> Refusal {
             Refusal::unavailable("the outcome is unknown, look at the state before trying again")
         }
         ProposeError::Stopped => Refusal::unavailable("this metadata server is stopping"),
+        ProposeError::Overloaded => {
+            Refusal::unavailable("the metadata server's log can not keep up, try again")
+        }
         ProposeError::LogFull => {
             Refusal::no_space("the metadata server's log has no room, free space in its data directory")
         }

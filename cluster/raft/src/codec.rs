@@ -17,6 +17,7 @@ use openraft::impls::EmptyNode;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::command::LogCommand;
+use crate::places::Placed;
 use crate::types::{Entry, LeaderId, LogId, Membership, StoredMembership, Vote};
 
 /// Versions of the records on disk, newest first.
@@ -226,7 +227,7 @@ pub(crate) fn encode_entry(entry: Entry) -> (u64, Bytes, LogCommand) {
     out.put_u64_le(entry.log_id.leader_id.node_id);
     let command = match entry.payload {
         EntryPayload::Blank => LogCommand::default(),
-        EntryPayload::Normal(command) => command,
+        EntryPayload::Normal(placed) => placed.command,
         EntryPayload::Membership(membership) => {
             put_sets(&mut out, &membership);
             LogCommand::default()
@@ -243,7 +244,7 @@ pub(crate) fn decode_entry(index: u64, header: &[u8], command: LogCommand) -> Re
     let leader = reader.leader()?;
     let payload = match kind {
         KIND_BLANK => EntryPayload::Blank,
-        KIND_COMMAND => EntryPayload::Normal(command),
+        KIND_COMMAND => EntryPayload::Normal(Placed::from(command)),
         KIND_MEMBERSHIP => EntryPayload::Membership(reader.sets()?),
         value => return Err(DecodeError::Value { what: "entry kind", value: value.into() }),
     };

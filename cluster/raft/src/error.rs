@@ -42,6 +42,9 @@ pub enum ProposeError {
     /// The replica has stopped.
     #[error("raft replica has stopped")]
     Stopped,
+    /// The log does not get through what waits to be written: refused before anything was logged, try again.
+    #[error("the log can not keep up, try again")]
+    Overloaded,
     /// No room in the log: refused before anything was logged.
     #[error("no room for a new log segment, free disk space")]
     LogFull,

@@ -16,6 +16,7 @@ use openraft::{ChangeMembers, ServerState};
 use crate::command::{Answer, GroupId, LogCommand, LogPosition, NodeId};
 use crate::error::{ProposeError, RaftError};
 use crate::member::Member;
+use crate::places::{Placed, Places};
 use crate::rounds::Proposal;
 use crate::types::{LeaderId, position, proposer};
 use crate::wal::Wal;
@@ -62,6 +63,7 @@ pub struct GroupStatus {
 pub struct Group {
     pub(crate) member: Arc<Member>,
     pub(crate) wal: Wal,
+    pub(crate) places: Arc<Places>,
 }
 
 impl std::fmt::Debug for Group {
@@ -155,7 +157,7 @@ impl Group {
     /// Replicates a command and returns what `apply` answered here.
     ///
     /// # Errors
-    /// `NotLeader` and `LogFull`: certainly not logged. `Unknown`: may still commit.
+    /// `NotLeader`, `LogFull` and `Overloaded`: certainly not logged. `Unknown`: may still commit.
     pub async fn propose(&self, command: LogCommand) -> Result<Answer, ProposeError> {
         let metrics = &self.member.metrics;
         metrics.proposals.inc();
@@ -177,10 +179,12 @@ impl Group {
     }
 
     async fn propose_once(&self, command: LogCommand) -> Result<Answer, Refusal> {
-        if !self.wal.spare() {
-            let error = if self.wal.poisoned() { ProposeError::Stopped } else { ProposeError::LogFull };
-            return Err(error.into());
-        }
+        self.require_room()?;
+        let Some(place) = self.places.take(&command).await else {
+            self.require_room()?;
+            return Err(ProposeError::Overloaded.into());
+        };
+        let command = Placed { command, place: Some(place) };
         let (proposer, outcome) = proposer();
         let queued = self.member.rounds.send(Proposal { command, proposer }).await;
         if queued.is_err() || !self.member.is_running() {
@@ -193,6 +197,14 @@ impl Group {
                 _ => Err(ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) }.into()),
             },
             Ok(Err(_)) | Err(_) => Err(ProposeError::Unknown.into()),
+        }
+    }
+
+    fn require_room(&self) -> Result<(), ProposeError> {
+        match &self.wal {
+            wal if wal.spare() => Ok(()),
+            wal if wal.poisoned() => Err(ProposeError::Stopped),
+            _ => Err(ProposeError::LogFull),
         }
     }
 

@@ -24,6 +24,7 @@ use crate::network::acks::Acks;
 use crate::network::intake::Intake;
 use crate::network::peers::Peers;
 use crate::network::{Factory, beats, receive};
+use crate::places::{self, Places};
 use crate::pulse;
 use crate::replica::Replica;
 use crate::rounds::Flight;
@@ -95,6 +96,7 @@ pub(crate) struct HostState {
     /// Wakes the clock before its time: there is a group that it does not know.
     pub(crate) wake: Arc<tokio::sync::Notify>,
     intake: Arc<Intake>,
+    pub(crate) places: Arc<Places>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) flight: Arc<Flight>,
     pub(crate) throttle: Arc<Throttle>,
@@ -163,6 +165,7 @@ impl RaftHost {
         let wal = Wal::open(&config.dir, config.wal.clone(), metrics);
         let (wal, _recovered) = wal.map_err(std::io::Error::other)?;
         let metrics = Arc::new(Metrics::register(metrics));
+        let share = places::share(config.wal.queue_bytes);
         let state = Arc::new(HostState {
             node: config.node,
             timing,
@@ -170,8 +173,8 @@ impl RaftHost {
             wal,
             peers: Arc::new(Peers::new(metrics.clone())),
             wake: Arc::default(),
-            // The other half of the log's queue is for what this host proposes as leader.
-            intake: Intake::new(config.wal.queue_bytes / 2),
+            intake: Intake::new(share),
+            places: Arc::new(Places::new(share)),
             metrics,
             throttle: Arc::new(Throttle::new(config.snapshot_bytes_per_second)),
             openraft,
@@ -209,7 +212,7 @@ impl RaftHost {
         let member = Arc::new(member);
         host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
         host.wake.notify_one();
-        Ok(Group { member, wal: host.wal.clone() })
+        Ok(Group { member, wal: host.wal.clone(), places: host.places.clone() })
     }
 
     /// Stops the replica and forgets its log. What its state machine stored is the user's to delete.

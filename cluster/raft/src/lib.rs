@@ -4,7 +4,7 @@
 //! checkpoints and snapshots as opaque items.
 //! Must never know: what a command means, chunk files, volumes, the MDS.
 //!
-//! Modules in the order in which a proposal meets them: [`group`] → `rounds` → `replica` (openraft) → `log_store` →
+//! Modules in the order in which a proposal meets them: [`group`] → `places` → `rounds` → `replica` (openraft) → `log_store` →
 //! [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock, `promise` what
 //! followers owe their leader, `snapshot` moves whole states, `codec` holds the encodings, `types` openraft's parameters;
 //! [`command`] and [`error`] are the vocabulary.
@@ -21,6 +21,7 @@ mod log_store;
 mod member;
 mod metrics;
 mod network;
+mod places;
 mod promise;
 mod pulse;
 mod replica;

@@ -14,11 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::{Stream, TryStreamExt, stream};
 use openraft::storage::{IOFlushed, RaftLogStorage};
-use openraft::{LogState, OptionalSend, RaftLogReader};
+use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader};
 use tokio::sync::Notify;
 
 use crate::codec;
 use crate::command::GroupId;
+use crate::places::Place;
 use crate::types::{Entry, LogId, TypeConfig, Vote};
 use crate::wal::{GroupLog, Wal, WalDone, WalEntry};
 
@@ -236,11 +237,14 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I::IntoIter: OptionalSend,
     {
         let mut last = None;
-        let mut bytes = 0;
+        let (mut bytes, mut places) = (0, None);
         let entries: Vec<WalEntry> = entries
             .into_iter()
-            .map(|entry| {
+            .map(|mut entry| {
                 last = Some(entry.log_id);
+                if let EntryPayload::Normal(placed) = &mut entry.payload {
+                    Place::join(&mut places, placed.place.take());
+                }
                 let (index, header, command) = codec::encode_entry(entry);
                 bytes += (header.len() + command.bytes()) as u64;
                 WalEntry { index, header, command }
@@ -253,6 +257,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let batch = self.state().appended(first, last, bytes);
         let log = self.clone();
         let done = WalDone::call(move |outcome| {
+            drop(places);
             log.synced(batch, &outcome);
             callback.io_completed(outcome);
         });

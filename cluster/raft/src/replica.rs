@@ -12,8 +12,8 @@ use openraft::impls::EmptyNode;
 use openraft::raft::AppendEntriesResponse;
 use openraft::{ChangeMembers, LinearizerOption, Raft, Snapshot};
 
-use crate::command::LogCommand;
 use crate::error::RaftError;
+use crate::places::Placed;
 use crate::state_machine::adapter::{Adapter, SnapshotData};
 use crate::state_machine::{SnapshotSink, StateMachine};
 use crate::types::{
@@ -32,7 +32,7 @@ pub(crate) trait Replica: Send + Sync {
     fn pre_vote(&self, request: VoteRequest) -> BoxFuture<'_, Result<VoteResponse, String>>;
     fn handle_transfer(&self, request: TransferRequest) -> BoxFuture<'_, Result<(), String>>;
     /// Queues a proposal; its outcome goes to `proposer`. `Err`: the replica has stopped and nothing was queued.
-    fn propose(&self, command: LogCommand, proposer: Proposer<Proposed>) -> BoxFuture<'_, Result<(), ()>>;
+    fn propose(&self, command: Placed, proposer: Proposer<Proposed>) -> BoxFuture<'_, Result<(), ()>>;
     /// One round to a quorum, then waits until everything committed before is applied. `Err`: no such permission.
     fn read_round(&self, limit: Duration) -> BoxFuture<'_, Result<(), ()>>;
     fn initialize(&self, members: BTreeMap<u64, EmptyNode>) -> BoxFuture<'_, Result<(), RaftError>>;
@@ -85,7 +85,7 @@ impl<S: StateMachine> Replica for Raft<TypeConfig, Adapter<S>> {
         })
     }
 
-    fn propose(&self, command: LogCommand, proposer: Proposer<Proposed>) -> BoxFuture<'_, Result<(), ()>> {
+    fn propose(&self, command: Placed, proposer: Proposer<Proposed>) -> BoxFuture<'_, Result<(), ()>> {
         Box::pin(async move { self.client_write_ff(command, Some(proposer)).await.map_err(drop) })
     }
 

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 
-use crate::command::LogCommand;
 use crate::metrics::Metrics;
+use crate::places::Placed;
 use crate::replica::Replica;
 use crate::types::{Proposed, Proposer};
 
@@ -28,7 +28,7 @@ const ROUND_WAIT: Duration = Duration::from_millis(1);
 
 /// A command and who waits for its outcome.
 pub(crate) struct Proposal {
-    pub(crate) command: LogCommand,
+    pub(crate) command: Placed,
     pub(crate) proposer: Proposer<Proposed>,
 }
 
@@ -155,11 +155,12 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+    use crate::command::LogCommand;
     use crate::types::proposer;
 
     fn proposal(bytes: usize) -> Proposal {
         let command = LogCommand { meta: Bytes::new(), payload: Bytes::from(vec![0; bytes]) };
-        Proposal { command, proposer: proposer().0 }
+        Proposal { command: Placed::from(command), proposer: proposer().0 }
     }
 
     #[tokio::test(start_paused = true)]

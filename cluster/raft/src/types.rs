@@ -1,14 +1,13 @@
 //! openraft's type parameters, filled in, and the aliases the crate uses. No other file names openraft's defaults.
 
-use std::fmt;
-
 use openraft::impls::{BoxedErrorSource, EmptyNode, InlineBatch, TokioRuntime, leader_id_adv};
 use openraft::raft::ClientWriteResult;
 use openraft::raft::responder::Responder;
 use openraft::{EntryPayload, OptionalSend, RaftTypeConfig, alias};
 use tokio::sync::oneshot;
 
-use crate::command::{Answer, LogCommand, LogPosition};
+use crate::command::{Answer, LogPosition};
+use crate::places::Placed;
 use crate::rounds::Seat;
 
 /// Our openraft. Several leaders per term are allowed (the greater node id wins), which settles split votes without
@@ -17,14 +16,14 @@ use crate::rounds::Seat;
 pub(crate) struct TypeConfig;
 
 impl RaftTypeConfig for TypeConfig {
-    type D = LogCommand;
+    type D = Placed;
     type R = Answer;
     type NodeId = u64;
     type Node = EmptyNode;
     type Term = u64;
     type LeaderId = leader_id_adv::LeaderId<u64, u64>;
     type Vote = openraft::Vote<Self::LeaderId>;
-    type Payload = openraft::EntryPayload<LogCommand, u64, EmptyNode>;
+    type Payload = openraft::EntryPayload<Placed, u64, EmptyNode>;
     type Entry = openraft::Entry<Self::LeaderId, Self::Payload>;
     type AsyncRuntime = TokioRuntime;
     type Responder<T>
@@ -77,7 +76,7 @@ impl<T: OptionalSend + 'static> Responder<TypeConfig, T> for Proposer<T> {
 /// Bytes of the command that an entry carries.
 pub(crate) fn command_bytes(entry: &Entry) -> usize {
     match &entry.payload {
-        EntryPayload::Normal(command) => command.bytes(),
+        EntryPayload::Normal(placed) => placed.bytes(),
         EntryPayload::Blank | EntryPayload::Membership(_) => 0,
     }
 }
@@ -90,10 +89,4 @@ pub(crate) fn position(id: &LogId) -> LogPosition {
 /// Our position as openraft's log id.
 pub(crate) fn log_id(position: &LogPosition) -> LogId {
     LogId::new(LeaderId { term: position.term, node_id: position.node }, position.index)
-}
-
-impl fmt::Display for LogCommand {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "command({}+{} bytes)", self.meta.len(), self.payload.len())
-    }
 }

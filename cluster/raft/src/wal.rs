@@ -183,8 +183,8 @@ impl Wal {
         self.open.shared.lock().pinning(self.open.shared.config.limit_bytes)
     }
 
-    /// False when no segment is left behind the current one and none can be made, or too much waits to be written:
-    /// proposals must be refused before they are logged. Turns true again by itself.
+    /// False when no segment is left behind the current one and none can be made, or the log has failed: proposals must be
+    /// refused before they are logged. Turns true again by itself.
     pub fn spare(&self) -> bool {
         self.open.shared.spare.load(Ordering::Relaxed)
     }

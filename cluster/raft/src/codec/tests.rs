@@ -49,7 +49,7 @@ fn golden_records() {
     let leader = le(5) + &le(2);
     let (_, blank, _) = encode_entry(entry(EntryPayload::Blank));
     assert_eq!(hex(&blank), format!("0100{leader}"));
-    let (_, command, _) = encode_entry(entry(EntryPayload::Normal(LogCommand::default())));
+    let (_, command, _) = encode_entry(entry(EntryPayload::Normal(Placed::default())));
     assert_eq!(hex(&command), format!("0101{leader}"));
     let (_, members, _) = encode_entry(entry(EntryPayload::Membership(membership())));
     assert_eq!(hex(&members), format!("0102{leader}{}", sets()));
@@ -61,7 +61,7 @@ fn append() -> AppendRequest {
         vote: vote(5, 2),
         prev_log_id: Some(id(4, 1, 8)),
         leader_commit: None,
-        entries: vec![Entry { log_id: id(5, 2, 9), payload: EntryPayload::Normal(command) }],
+        entries: vec![Entry { log_id: id(5, 2, 9), payload: EntryPayload::Normal(command.into()) }],
     }
 }
 

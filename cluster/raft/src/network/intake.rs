@@ -9,13 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::codec::message::Request;
 use crate::member::Member;
+use crate::places::ENTRY_COST;
 use crate::types::{Entry, command_bytes};
 
 /// Most requests of one group that wait for an answer: four times a stream's window, because the streams of connections
 /// that broke leave theirs behind.
 const REQUESTS_MAX: u32 = 256;
-/// What an entry costs beside its command: headers of its record and its place in memory.
-const ENTRY_COST: u64 = 128;
 
 /// Bytes of entries of all groups that were taken and are not synced yet.
 pub(crate) struct Intake {

@@ -17,6 +17,7 @@ use crate::codec;
 use crate::command::{GroupId, LogCommand, LogPosition};
 use crate::log_store::LogStore;
 use crate::metrics::Metrics;
+use crate::places::Placed;
 use crate::state_machine::{Checkpoint, CheckpointJob, SnapshotSink, SnapshotSource, StateMachine};
 use crate::types::{LogId, SnapshotMeta, StoredMembership, TypeConfig, log_id, position};
 
@@ -97,7 +98,7 @@ impl<S: StateMachine> Adapter<S> {
         while let Some((entry, responder)) = entries.try_next().await? {
             last = Some(entry.log_id);
             match entry.payload {
-                EntryPayload::Normal(command) => {
+                EntryPayload::Normal(Placed { command, .. }) => {
                     if batch.is_full(&command) {
                         self.flush(&mut batch).await?;
                     }

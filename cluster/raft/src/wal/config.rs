@@ -26,7 +26,8 @@ pub struct WalConfig {
     pub max_bytes: u64,
     /// Bytes of the newest entries kept in memory for reads (entries not yet on disk are kept beyond it).
     pub cache_bytes: u64,
-    /// Bytes that may wait to be written. At half of it `spare` turns false; beyond it entries are refused.
+    /// Bytes that may wait to be written; at most one append more does. Beyond it entries are refused, so whoever appends
+    /// must bound what it has under way. At least four times the largest entry.
     pub queue_bytes: u64,
     /// Bytes after which a batch is closed: one write and one sync cover at most this much (or one larger entry).
     pub batch_bytes: u64,

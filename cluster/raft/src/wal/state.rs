@@ -67,7 +67,7 @@ impl Shared {
     /// Publishes the answer to `spare()` after a change.
     pub(super) fn note_spare(&self, state: &State) {
         let room = !(state.segments.blocked && state.segments.ready.is_empty());
-        let spare = room && state.failure.is_none() && state.queue.bytes() < self.config.queue_bytes / 2;
+        let spare = room && state.failure.is_none();
         // Written only on a change: every proposal on every core reads it.
         if self.spare.load(Ordering::Relaxed) != spare {
             self.spare.store(spare, Ordering::Relaxed);
@@ -162,10 +162,8 @@ impl State {
         if let Some(owner) = self.groups.get(&group) {
             owner.view.accepts(first.index)?;
         }
-        let mut bytes = self.queue.bytes();
         for (expected, entry) in (first.index..).zip(entries) {
             let length = entry_length(entry) as u64;
-            bytes += length;
             if entry.index != expected || length > config.max_entry_bytes() {
                 let limit = config.max_entry_bytes();
                 return Err(io::Error::new(
@@ -177,7 +175,8 @@ impl State {
                 ));
             }
         }
-        if bytes > config.queue_bytes && self.queue.bytes() > 0 {
+        let bytes = self.queue.bytes();
+        if bytes > config.queue_bytes {
             return Err(io::Error::new(
                 io::ErrorKind::StorageFull,
                 format!("write-ahead log queue is full, bytes={bytes} limit={}", config.queue_bytes),

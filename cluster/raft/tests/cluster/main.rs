@@ -6,7 +6,7 @@ mod node;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use node::{Node, dirs, introduce, leader, three, until, write};
+use node::{Node, command, dirs, introduce, leader, three, until, write};
 use spline_raft::{NodeId, ProposeError, RaftConfig, Role};
 
 #[test]
@@ -143,6 +143,26 @@ fn a_follower_whose_log_takes_little_at_once_catches_up() {
         (0..40).all(|i| nodes[2].shared.writes(i) == 1).then_some(())
     });
     assert!(nodes[2].count("requests_refused") > 0, "it was never sent too much");
+}
+
+#[test]
+fn proposals_that_would_overfill_the_log_wait() {
+    let dirs = dirs(1);
+    let little = |config: &mut RaftConfig| config.wal.queue_bytes = 1 << 20;
+    let node = Node::start_with(dirs[0].path().to_owned(), NodeId(1), None, little);
+    introduce(&[&node]);
+    let group = node.group.clone();
+    node.run(async move { group.bootstrap(&[NodeId(1)]).await.unwrap() });
+    leader(&[&node]);
+    let value = "x".repeat(256 << 10);
+    let all: Vec<_> = (0..64).map(|register| (node.group.clone(), command(register, &value))).collect();
+    let all = all.into_iter().map(|(group, command)| async move { group.propose(command).await });
+    let answers = node.run(futures_util::future::join_all(all));
+    assert_ne!(node.role(), Role::Stopped);
+    for (register, answer) in (0..).zip(answers) {
+        assert!(answer.is_ok(), "{answer:?}");
+        assert_eq!(node.shared.writes(register), 1);
+    }
 }
 
 #[test]

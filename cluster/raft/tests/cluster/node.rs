@@ -76,11 +76,7 @@ impl Node {
     }
 
     pub(crate) fn propose(&self, register: u64, value: &str) -> Result<u64, ProposeError> {
-        let command = LogCommand {
-            meta: Bytes::copy_from_slice(&register.to_le_bytes()),
-            payload: Bytes::copy_from_slice(value.as_bytes()),
-        };
-        let group = self.group.clone();
+        let (group, command) = (self.group.clone(), command(register, value));
         let answer = self.run(async move { group.propose(command).await })?;
         Ok(u64::from_le_bytes(answer.as_ref().try_into().unwrap()))
     }
@@ -103,6 +99,13 @@ impl Drop for Node {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+    }
+}
+
+pub(crate) fn command(register: u64, value: &str) -> LogCommand {
+    LogCommand {
+        meta: Bytes::copy_from_slice(&register.to_le_bytes()),
+        payload: Bytes::copy_from_slice(value.as_bytes()),
     }
 }
 
