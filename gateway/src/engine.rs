@@ -7,6 +7,7 @@ use crate::config::Config;
 use bytes::Bytes;
 use cluster::Cluster;
 use futures_util::future::BoxFuture;
+use spline_link::Identity;
 use spline_types::{BlockRequest, Epoch, Extent, Fault, Geometry, OnUnavailable, VolumeName};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ pub struct EngineTraits {
     pub fast_zero: bool,
     /// Seeks are dear.
     pub rotational: bool,
+    /// Which volume it is, whatever its name.
+    pub identity: Identity,
     /// Number of the session; 0 for engines without one.
     pub epoch: Epoch,
     /// Nobody else had a session from this one on; 0 for engines without sessions.
@@ -63,6 +66,9 @@ pub enum OpenError {
     /// Someone else has it.
     #[error("{0}")]
     Held(String),
+    /// The name is another volume's than the one that nebd knows.
+    #[error("{0}")]
+    Replaced(String),
     /// It may be had later.
     #[error("{0}")]
     Unavailable(String),
@@ -113,11 +119,20 @@ pub(crate) struct Wanted {
     pub(crate) force: bool,
     /// The session that a nebd goes on with; what it was not answered there will be sent again.
     pub(crate) resumes: Option<Epoch>,
+    /// The volume that a nebd knows by the name: no other may be opened for it.
+    pub(crate) known: Option<Identity>,
+}
+
+/// The refusal for a name that is another volume's than the one that nebd knows.
+pub(crate) fn replaced(name: impl std::fmt::Display, now: Identity, known: Identity) -> OpenError {
+    OpenError::Replaced(format!(
+        "another volume has the name now, what was not answered is not written: volume={name} identity={now} known={known}"
+    ))
 }
 
 /// Where engines come from.
 pub(crate) trait Opener: Send + Sync + 'static {
-    /// Opens a volume; for reading only if it can not be written and nobody wants to.
+    /// Opens a volume; for reading only if it can not be written and nobody wants to. `Replaced` if it is not the known one.
     fn open<'a>(
         &'a self,
         name: &'a VolumeName,
@@ -159,7 +174,7 @@ impl Opener for Engines {
         Box::pin(async move {
             if let Some(path) = name.as_str().strip_prefix("file:") {
                 let (files, path) = (Arc::clone(&self.files), PathBuf::from(path));
-                let opened = tokio::task::spawn_blocking(move || files.open(&path, wanted.read_only)).await;
+                let opened = tokio::task::spawn_blocking(move || files.open(&path, wanted)).await;
                 let opened =
                     opened.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))?;
                 return Ok(Arc::new(opened?) as Arc<dyn Engine>);

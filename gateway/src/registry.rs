@@ -4,11 +4,11 @@
 //! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others.
 
 use crate::admission::Admission;
-use crate::engine::{Engine, OpenError, Opener, Wanted};
+use crate::engine::{Engine, OpenError, Opener, Wanted, replaced};
 use crate::metrics::Metrics;
 use crate::session::{Membership, Session};
 use spline_link::InstanceId;
-use spline_types::{Epoch, VolumeName};
+use spline_types::VolumeName;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -118,7 +118,7 @@ impl Registry {
             // A session for reading only makes room for a writer when nobody uses it any more.
             let too_narrow = open.engine.traits().read_only && !wanted.read_only && open.links() == 0;
             if !stale && !too_narrow {
-                may_resume(name, open.engine.as_ref(), wanted.resumes)?;
+                may_join(name, open.engine.as_ref(), wanted)?;
                 return Ok(open.join(instance, socket));
             }
             self.end(open).await;
@@ -205,11 +205,15 @@ impl Registry {
     }
 }
 
-/// Refused if somebody else had the volume since the resumed session (`no_late_duplicate`): the session that is open now
-/// was opened anew, for another link.
-fn may_resume(name: &VolumeName, engine: &dyn Engine, resumes: Option<Epoch>) -> Result<(), OpenError> {
-    let since = engine.traits().run_since;
-    match resumes {
+/// Refused if the session is another volume's than the one that nebd knows, or if somebody else had the volume since the
+/// resumed session (`no_late_duplicate`): the session that is open now was opened anew, for another link.
+fn may_join(name: &VolumeName, engine: &dyn Engine, wanted: Wanted) -> Result<(), OpenError> {
+    let traits = engine.traits();
+    if let Some(known) = wanted.known.filter(|known| *known != traits.identity) {
+        return Err(replaced(name, traits.identity, known));
+    }
+    let since = traits.run_since;
+    match wanted.resumes {
         Some(resumed) if resumed < since => Err(OpenError::Held(format!(
             "the volume was open on another gateway meanwhile, what was not answered is not written: volume={name} \
              resumed_epoch={resumed} run_since={since}"

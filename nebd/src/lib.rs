@@ -84,6 +84,7 @@ impl Nebd {
             force: config.force,
             // A fresh hasher is keyed at random; that is all an instance id needs.
             instance: InstanceId(RandomState::new().build_hasher().finish()),
+            identity: None,
             volume: checked.volume.clone(),
         };
         let export = Export {

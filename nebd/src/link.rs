@@ -123,7 +123,8 @@ impl Link {
         matches!(self.state, State::Up { .. })
     }
 
-    /// Begins anew after the volume was lost: as a first link, since nothing from before is left to be replayed.
+    /// Begins anew after the volume was lost: as a first link, since nothing from before is left to be replayed, but of the
+    /// same volume, since that is what guests were told of.
     pub fn reopen(&mut self, now: Instant) {
         (self.hello.mode, self.hello.force) = (Mode::Open, false);
         (self.backoff, self.down_since) = (BACKOFF_MIN, now);
@@ -207,8 +208,14 @@ impl Link {
         match why {
             LinkDown::Lost => Next::Fenced,
             LinkDown::Refused(refused) => match refused.refusal {
-                Refusal::Held if !first => Next::Fenced,
-                Refusal::Held | Refusal::NotFound | Refusal::Version | Refusal::Internal if first => {
+                Refusal::Held | Refusal::Replaced if !first => Next::Fenced,
+                Refusal::Held
+                | Refusal::Replaced
+                | Refusal::NotFound
+                | Refusal::Version
+                | Refusal::Internal
+                    if first =>
+                {
                     Next::GiveUp(why.to_string())
                 }
                 _ => Next::Retry,
@@ -226,6 +233,11 @@ impl Link {
         }
         let path = self.path.display();
         match why {
+            LinkDown::Refused(Refused { refusal: Refusal::Replaced, .. }) => tracing::error!(
+                %reason,
+                "another volume has the name, requests fail; give the volume its name back and connect anew, or start this \
+                 process again to serve the other one"
+            ),
             _ if *next == Next::Fenced => tracing::error!(
                 %reason,
                 "volume lost, its clients' requests fail; end the other user, then connect anew"
@@ -337,6 +349,9 @@ impl Link {
             Welcome::Accepted(accepted) => accepted,
             Welcome::Refused(refused) => return Err(LinkDown::Refused(refused)),
         };
+        if self.hello.identity.is_some_and(|known| known != accepted.identity) {
+            return Err(LinkError::Mismatch { field: "identity", value: accepted.identity.parts().1 }.into());
+        }
         self.accept(&accepted, volume);
         Ok(true)
     }
@@ -350,7 +365,8 @@ impl Link {
         volume.export.update(accepted, self.hello.read_only);
         self.window = Limits { requests: accepted.requests_max as usize, bytes: accepted.bytes_max };
         self.on_unavailable = accepted.on_unavailable;
-        self.hello.mode = Mode::Resume { epoch: accepted.epoch };
+        (self.hello.mode, self.hello.identity) =
+            (Mode::Resume { epoch: accepted.epoch }, Some(accepted.identity));
         self.served = true;
         self.backoff = BACKOFF_MIN;
         self.told = None;

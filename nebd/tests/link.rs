@@ -8,7 +8,7 @@ mod gateway;
 use client::{Client, request};
 use gateway::{FakeGateway, Manner};
 use prometheus_client::registry::Registry;
-use spline_link::{Message, Mode, Refusal};
+use spline_link::{Identity, Message, Mode, Refusal};
 use spline_nebd::nbd::protocol::*;
 use spline_nebd::status_file::StatusFile;
 use spline_nebd::{Config, Nebd};
@@ -173,7 +173,8 @@ fn fail_after_ends_the_wait_while_no_gateway_is_there() {
 
 #[test]
 fn a_refused_volume_ends_the_start_with_the_reason() {
-    for refusal in [Refusal::NotFound, Refusal::Held, Refusal::Version, Refusal::Internal] {
+    for refusal in [Refusal::NotFound, Refusal::Held, Refusal::Replaced, Refusal::Version, Refusal::Internal]
+    {
         let place = Place::new();
         place.gateway.lock().refuse = Some(refusal);
         place.gateway.listen();
@@ -264,6 +265,34 @@ fn after_a_loss_only_clients_that_come_later_are_served() {
     assert_eq!(old.reply(), (5, 108));
     late.write(6, 0, b"new");
     assert_eq!(late.reply(), (6, 0));
+}
+
+#[test]
+fn what_waited_does_not_go_to_another_volume_of_the_name() {
+    let (place, _nebd) = Place::serving();
+    let gateway = &place.gateway;
+    let first = gateway.lock().identity;
+    gateway.lock().manner = Manner::Hold;
+    let mut old = Client::connect(&place.nbd());
+    old.write(1, 0, b"old");
+    gateway.wait("the request came", |control| control.received.len() == 1);
+    gateway.kill();
+    old.write(2, 4096, b"old");
+    let mut control = gateway.lock();
+    (control.manner, control.identity) = (Manner::Answer, Identity::new(0, 2).expect("not 0"));
+    drop(control);
+    gateway.listen();
+    let mut answered = [old.reply(), old.reply()];
+    answered.sort_unstable();
+    assert_eq!(answered, [(1, 108), (2, 108)]);
+    // What a client was told of is not the other volume either.
+    let mut late = Client::connect(&place.nbd());
+    late.send(CMD_READ, 3, 0, 512);
+    assert_eq!(late.reply(), (3, 108));
+    assert_eq!(gateway.lock().received.len(), 1, "nothing went to the other volume");
+    gateway.lock().identity = first;
+    let mut back = Client::connect(&place.nbd());
+    assert_eq!(back.read(4, 0, 3), [0; 3], "the name is its own again");
 }
 
 #[test]

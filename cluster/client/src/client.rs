@@ -70,18 +70,20 @@ impl ClusterClient {
 
     /// Takes the session of a volume for the gateway of that id, and learns the routes of all its copysets, so that
     /// IO goes on without the metadata server. With `force` it is taken from another gateway whose lease is alive. With
-    /// `resumes` it is refused if another gateway had a session since that one.
+    /// `resumes` it is refused if another gateway had a session since that one. With `known` it is refused if the name is
+    /// another volume's.
     ///
     /// # Errors
-    /// `NotFound`, `Refused` (another gateway holds or held it: `Fault::Fenced`), `Unreachable`, `BadReply`.
+    /// `NotFound`, `Replaced`, `Refused` (another gateway holds or held it: `Fault::Fenced`), `Unreachable`, `BadReply`.
     pub async fn open_session(
         &self,
         volume: &VolumeName,
         gateway: &str,
         force: bool,
         resumes: Option<Epoch>,
+        known: Option<VolumeId>,
     ) -> Result<OpenedSession, MetaError> {
-        let opened = self.shared.network.mds.open(volume, gateway, force, resumes).await?;
+        let opened = self.shared.network.mds.open(volume, gateway, force, resumes, known).await?;
         let copysets: HashSet<CopysetId> = opened.segments.values().flat_map(|s| s.iter().copied()).collect();
         self.learn_routes(copysets).await;
         Ok(opened)

@@ -20,6 +20,14 @@ pub enum MetaError {
         /// Its words.
         message: String,
     },
+    /// The name is another volume's than the one that was known.
+    #[error("{message} (mds={address})")]
+    Replaced {
+        /// Who said so.
+        address: String,
+        /// Its words.
+        message: String,
+    },
     /// It answered no.
     #[error("{message} (mds={address})")]
     Refused {
@@ -50,7 +58,7 @@ impl MetaError {
     /// What it means to a request.
     pub fn fault(&self) -> Fault {
         match self {
-            Self::NotFound { .. } => Fault::Fenced,
+            Self::NotFound { .. } | Self::Replaced { .. } => Fault::Fenced,
             Self::Refused { fault, .. } => *fault,
             Self::Unreachable { .. } => Fault::Unavailable(Unavailable::Unreachable),
             Self::BadReply { .. } => Fault::Internal,

@@ -16,6 +16,8 @@ pub enum RefusalKind {
     NotFound,
     /// Choose another name.
     Exists,
+    /// Give up what was meant for the volume that had this name before.
+    Replaced,
     /// Wait for, or change, the state that the message names.
     Precondition,
     /// Close the session: a newer one exists.
@@ -37,6 +39,7 @@ impl RefusalKind {
             Self::Invalid => "invalid",
             Self::NotFound => "not_found",
             Self::Exists => "exists",
+            Self::Replaced => "replaced",
             Self::Precondition => "precondition",
             Self::Fenced => "fenced",
             Self::Conflict => "conflict",
@@ -51,7 +54,7 @@ impl RefusalKind {
         match self {
             Self::Invalid => tonic::Code::InvalidArgument,
             Self::NotFound => tonic::Code::NotFound,
-            Self::Exists => tonic::Code::AlreadyExists,
+            Self::Exists | Self::Replaced => tonic::Code::AlreadyExists,
             Self::Precondition | Self::Fenced => tonic::Code::FailedPrecondition,
             Self::Conflict => tonic::Code::Aborted,
             Self::NoSpace => tonic::Code::ResourceExhausted,
@@ -88,6 +91,8 @@ impl Refusal {
         not_found => NotFound,
         /// The name is taken.
         exists => Exists,
+        /// The name is another volume's now.
+        replaced => Replaced,
         /// The state does not allow it.
         precondition => Precondition,
         /// A newer session exists.

@@ -155,9 +155,10 @@ impl pb::sessions_server::Sessions for Service {
     ) -> Result<Response<pb::OpenSessionReply>, Status> {
         let asked = request.into_inner();
         self.serve("sessions.open", async {
-            let resumes = asked.resumed_epoch.map(Epoch::new);
+            let (resumes, known) = (asked.resumed_epoch.map(Epoch::new), asked.known_id.map(VolumeId::new));
+            let volume_name = name(&asked.volume)?;
             let opened =
-                self.sessions.open(&name(&asked.volume)?, &asked.gateway, asked.force, resumes).await?;
+                self.sessions.open(&volume_name, &asked.gateway, asked.force, resumes, known).await?;
             let info = VolumeInfo {
                 segments: opened.segments.len() as u32,
                 lease_left: opened.lease,

@@ -58,17 +58,20 @@ impl Sessions {
         Self { context }
     }
 
-    /// Opens a session: epoch + 1 and a full lease. With `resumes`, what was sent to that session may be sent again.
+    /// Opens a session: epoch + 1 and a full lease. With `resumes`, what was sent to that session may be sent again. With
+    /// `known`, only of that volume.
     ///
     /// # Errors
     /// `Precondition` while another gateway's lease is alive, unless `force`; `Fenced` if another gateway had a session
-    /// since the resumed one; `NotFound`; `Invalid` for a gateway id that does not fit.
+    /// since the resumed one; `Replaced` if the name is another volume's than `known`; `NotFound`; `Invalid` for a gateway
+    /// id that does not fit.
     pub async fn open(
         &self,
         name: &VolumeName,
         gateway: &str,
         force: bool,
         resumes: Option<Epoch>,
+        known: Option<VolumeId>,
     ) -> Result<Opened, Refusal> {
         if gateway.is_empty() || gateway.len() > GATEWAY_BYTES_MAX {
             let bytes = gateway.len();
@@ -79,6 +82,7 @@ impl Sessions {
         for _ in 0..OPEN_ROUNDS {
             let volume = self.context.ledger.read(|state| state.volume_named(name).cloned()).await?;
             let volume = volume.ok_or_else(|| no_such_volume(name))?;
+            is_known(&volume, known)?;
             may_resume(&volume, resumes)?;
             self.may_open(&volume, gateway, force)?;
             let command = Command::OpenSession {
@@ -220,6 +224,18 @@ impl Sessions {
                 "every copyset has a full member, add space: copysets={count}"
             ))),
         }
+    }
+}
+
+/// Refused if the name is another volume's than the one that the caller knows: what it would send is not meant for this one.
+/// The volume keeps its id whatever it is named when the session is opened.
+fn is_known(volume: &Volume, known: Option<VolumeId>) -> Result<(), Refusal> {
+    match known {
+        Some(known) if known != volume.id => Err(Refusal::replaced(format!(
+            "another volume has the name now, what was not answered is not written: name={} volume_id={} known_id={known}",
+            volume.name, volume.id
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -67,9 +67,16 @@ impl Lab {
             volume: volume.into(),
             gateway: gateway.into(),
             force,
-            resumed_epoch: None,
+            ..Default::default()
         };
         self.sessions.open(request).await.map(tonic::Response::into_inner).map_err(|status| status.code())
+    }
+
+    /// Opens `volume` if it is the one with that id.
+    async fn open_known(&mut self, volume: &str, id: u64) -> Result<pb::OpenSessionReply, tonic::Status> {
+        let (volume, gateway) = (volume.into(), "g".into());
+        let request = pb::OpenSessionRequest { volume, gateway, known_id: Some(id), ..Default::default() };
+        self.sessions.open(request).await.map(tonic::Response::into_inner)
     }
 
     /// Opens to resume a session; answers the new one and since when its run lasts.
@@ -77,8 +84,8 @@ impl Lab {
         let request = pb::OpenSessionRequest {
             volume: volume.into(),
             gateway: gateway.into(),
-            force: false,
             resumed_epoch: Some(epoch),
+            ..Default::default()
         };
         let reply = self.sessions.open(request).await.map_err(|status| {
             assert_eq!(status.code(), Code::FailedPrecondition);
@@ -262,6 +269,27 @@ async fn a_session_is_resumed_unless_another_gateway_had_the_volume_since() {
         lab.open("a", "g9", false).await.expect("opened");
     }
     lab.resume("a", "g9", 7).await.expect_err("a session of the volume before");
+    lab.mds.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_known_volume_is_not_opened_by_a_name_that_is_another_s() {
+    let dir = tempfile::tempdir().expect("directory");
+    let mut lab = Lab::start(config(dir.path())).await;
+    let (first, second) =
+        (lab.create("a", GIB).await.expect("created").id, lab.create("b", GIB).await.expect("created").id);
+    assert_eq!(lab.open_known("a", first).await.expect("it is").epoch, 1);
+    for (name, new_name) in [("a", "c"), ("b", "a")] {
+        let rename = pb::RenameVolumeRequest { name: name.into(), new_name: new_name.into() };
+        lab.volumes.rename(rename).await.expect("renamed");
+    }
+    let refused = lab.open_known("a", first).await.expect_err("the name is the second's");
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    let says = refused.message();
+    assert!(says.contains(&format!("name=a volume_id={second} known_id={first}")), "{says}");
+    assert!(lab.get("a").await.expect("there").session.is_none(), "nothing was opened");
+    assert_eq!(lab.open_known("c", first).await.expect("its name now").epoch, 2);
+    lab.open_known("a", second).await.expect("its name now");
     lab.mds.shutdown().await;
 }
 

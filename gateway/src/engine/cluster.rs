@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use lease::Leases;
 use spline_client::{ClientConfig, ClusterClient, MetaError, OpenedSession, Span, SpanAnswer, VolumeClient};
+use spline_link::Identity;
 use spline_types::{
     BlockRequest, BlockSize, ChunkId, ChunkOp, CopysetId, Epoch, Fault, Geometry, SegmentIndex, VolumeId,
     VolumeName,
@@ -49,9 +50,18 @@ impl Cluster {
     }
 
     pub(crate) async fn open(&self, name: &VolumeName, wanted: Wanted) -> Result<Arc<dyn Engine>, OpenError> {
-        let opened = self.client.open_session(name, &self.gateway, wanted.force, wanted.resumes).await;
+        let known = wanted.known.map(|known| match known.parts() {
+            (0, id) => Ok(VolumeId::new(id)),
+            _ => Err(OpenError::Internal(format!(
+                "not the identity of a volume of a cluster: identity={known}"
+            ))),
+        });
+        let known = known.transpose()?;
+        let opened = self.client.open_session(name, &self.gateway, wanted.force, wanted.resumes, known).await;
         let opened = opened.map_err(refused)?;
-        let volume = Arc::new(Volume::new(name.clone(), self.client.clone(), &opened));
+        let identity = Identity::new(0, opened.volume.get())
+            .ok_or_else(|| OpenError::Internal(format!("volume without an id: volume={name}")))?;
+        let volume = Arc::new(Volume::new(name.clone(), self.client.clone(), &opened, identity));
         self.leases.add(&volume, opened.lease);
         Ok(Arc::new(ClusterEngine { volume, leases: Arc::clone(&self.leases) }))
     }
@@ -65,6 +75,7 @@ fn refused(error: MetaError) -> OpenError {
     let text = error.to_string();
     match error {
         MetaError::NotFound { .. } => OpenError::NotFound(text),
+        MetaError::Replaced { .. } => OpenError::Replaced(text),
         MetaError::Refused { fault: Fault::Fenced, .. } => OpenError::Held(text),
         MetaError::Refused { fault: Fault::Invalid(_), .. } => OpenError::NotFound(text),
         MetaError::Refused { fault: Fault::Unavailable(_), .. } | MetaError::Unreachable { .. } => {
@@ -97,12 +108,13 @@ struct Volume {
 type Allocation = OnceCell<Arc<[CopysetId]>>;
 
 impl Volume {
-    fn new(name: VolumeName, cluster: ClusterClient, opened: &OpenedSession) -> Self {
+    fn new(name: VolumeName, cluster: ClusterClient, opened: &OpenedSession, identity: Identity) -> Self {
         let traits = EngineTraits {
             volatile_cache: false,
             read_only: false,
             fast_zero: true,
             rotational: false,
+            identity,
             epoch: opened.epoch,
             run_since: opened.run_since,
             on_unavailable: opened.on_unavailable,

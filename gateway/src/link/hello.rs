@@ -85,12 +85,13 @@ async fn open(
         Mode::Open => None,
         Mode::Resume { epoch } => Some(epoch),
     };
-    let wanted = Wanted { read_only: hello.read_only, force: hello.force, resumes };
+    let wanted = Wanted { read_only: hello.read_only, force: hello.force, resumes, known: hello.identity };
     let joined = links.registry.join(&hello.volume, wanted, hello.instance, socket).await;
     let membership = joined.map_err(|error| {
         let refusal = match error {
             OpenError::NotFound(_) => Refusal::NotFound,
             OpenError::Held(_) => Refusal::Held,
+            OpenError::Replaced(_) => Refusal::Replaced,
             OpenError::Unavailable(_) => Refusal::Unavailable,
             OpenError::Internal(_) => Refusal::Internal,
         };
@@ -106,6 +107,7 @@ fn accepted(session: &Session, version: LinkVersion, read_only: bool) -> Accepte
         version,
         features: 0,
         epoch: traits.epoch,
+        identity: traits.identity,
         geometry: session.engine.geometry(),
         traits: VolumeTraits {
             read_only: read_only || traits.read_only,

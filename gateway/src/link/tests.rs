@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::engine::{Engine, EngineTraits, OpenError, Opener, Wanted};
 use crate::gateway::Gateway;
 use crate::registry::SessionLimits;
-use spline_link::{HEADER_BYTES, Hello, InstanceId, Mode, Refusal, VersionRange, Welcome};
+use spline_link::{HEADER_BYTES, Hello, Identity, InstanceId, Mode, Refusal, VersionRange, Welcome};
 use spline_types::{
     BlockOp, BlockSize, ByteRange, Epoch, Extent, Geometry, Invalid, OnUnavailable, RequestId, VolumeName,
 };
@@ -21,17 +21,34 @@ const SIZE: u64 = 4 << 20;
 /// The session that a gated engine has.
 const RESUME: Mode = Mode::Resume { epoch: Epoch::new(7) };
 
+/// The volume that a gated engine is.
+fn gated_volume() -> Identity {
+    Identity::new(0, 11).expect("not 0")
+}
+
 /// The other side of a link.
 struct Nebd {
     stream: UnixStream,
 }
 
 impl Nebd {
+    /// Whoever resumes knows the gated engine's volume, whoever begins knows none.
     async fn hello(
-        mut stream: UnixStream,
+        stream: UnixStream,
         volume: &str,
         instance: u64,
         mode: Mode,
+        read_only: bool,
+    ) -> (Self, Welcome) {
+        let known = (mode != Mode::Open).then(gated_volume);
+        Self::knowing(stream, volume, instance, (mode, known), read_only).await
+    }
+
+    async fn knowing(
+        mut stream: UnixStream,
+        volume: &str,
+        instance: u64,
+        (mode, identity): (Mode, Option<Identity>),
         read_only: bool,
     ) -> (Self, Welcome) {
         let volume: VolumeName = volume.parse().expect("a name");
@@ -43,6 +60,7 @@ impl Nebd {
             read_only,
             force: false,
             instance,
+            identity,
             volume,
         };
         stream.write_all(&hello.encode()).await.expect("sends");
@@ -253,6 +271,7 @@ impl Engine for Gated {
             read_only: false,
             fast_zero: true,
             rotational: false,
+            identity: gated_volume(),
             epoch: Epoch::new(7),
             run_since: Epoch::new(5),
             on_unavailable: OnUnavailable::Wait,
@@ -390,6 +409,26 @@ async fn a_link_from_before_another_gateway_had_the_volume_is_refused() {
 }
 
 #[tokio::test]
+async fn a_link_that_knows_another_volume_by_the_name_is_refused() {
+    let bench = Bench::new(16, Duration::from_secs(60));
+    let mut first = bench.link(1, Mode::Open).await;
+    for (mode, known, fits) in
+        [(RESUME, 12, false), (Mode::Open, 12, false), (RESUME, 11, true), (Mode::Open, 11, true)]
+    {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+        match Nebd::knowing(ours, "volume", 2, (mode, Identity::new(0, known)), false).await.1 {
+            Welcome::Accepted(accepted) => assert!(fits && accepted.identity == gated_volume(), "{mode:?}"),
+            Welcome::Refused(refused) => {
+                assert!(!fits && refused.refusal == Refusal::Replaced, "{refused:?}");
+                assert!(refused.text.contains("identity=11 known=12"), "{refused:?}");
+            }
+        }
+    }
+    assert_eq!(first.ask(1000, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
+}
+
+#[tokio::test]
 async fn a_link_that_begins_does_not_join_a_session_that_is_over() {
     let bench = Bench::new(16, Duration::from_secs(60));
     let mut first = bench.link(1, Mode::Open).await;
@@ -411,7 +450,7 @@ async fn an_older_nebd_is_told_which_versions_there_are() {
     let bench = Bench::new(16, Duration::from_secs(60));
     let (mut ours, theirs) = UnixStream::pair().expect("a pair");
     tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
-    // A hello of version 1, whole, and too short for version 2.
+    // A hello of version 1, whole, and too short for version 3.
     ours.write_all(b"SPLH\x01\0\x01\0\0\0\0\0\0\0\0\0\x01\0\x01\0\0\0\0\0\x07\0\0\0\0\0\0\0v")
         .await
         .expect("sends");
@@ -419,7 +458,7 @@ async fn an_older_nebd_is_told_which_versions_there_are() {
     while ours.read_buf(&mut bytes).await.unwrap_or(0) > 0 {}
     let Some((Welcome::Refused(refused), _)) = Welcome::decode(&bytes).expect("a welcome") else { panic!() };
     assert_eq!(refused.refusal, Refusal::Version);
-    assert!(refused.text.contains("theirs_max=1 ours_min=2"), "{refused:?}");
+    assert!(refused.text.contains("theirs_max=1 ours_min=3"), "{refused:?}");
 }
 
 #[tokio::test]

@@ -2,8 +2,8 @@
 //! it to: hold answers, withdraw, refuse, lie, leave, die.
 
 use spline_link::{
-    Accepted, HEADER_BYTES, Header, Hello, LinkVersion, Message, Mode, Refusal, Refused, VolumeTraits,
-    Welcome, extents,
+    Accepted, HEADER_BYTES, Header, Hello, Identity, LinkVersion, Message, Mode, Refusal, Refused,
+    VolumeTraits, Welcome, extents,
 };
 use spline_types::{
     BlockOp, BlockRequest, BlockSize, ByteRange, Completion, Epoch, Extent, Fault, Geometry, OnUnavailable,
@@ -32,6 +32,8 @@ pub(crate) struct Control {
     pub(crate) manner: Manner,
     pub(crate) refuse: Option<Refusal>,
     pub(crate) on_unavailable: OnUnavailable,
+    /// The volume that has the name; a nebd that knows another is refused.
+    pub(crate) identity: Identity,
     pub(crate) links: Vec<Mode>,
     /// Link number and request, as they came.
     pub(crate) received: Vec<(usize, BlockRequest)>,
@@ -57,6 +59,7 @@ impl FakeGateway {
             manner: Manner::Answer,
             refuse: None,
             on_unavailable: OnUnavailable::Wait,
+            identity: Identity::new(0, 1).expect("not 0"),
             links: Vec::new(),
             received: Vec::new(),
             detached: false,
@@ -160,12 +163,14 @@ impl FakeGateway {
         let mut control = self.lock();
         control.links.push(hello.mode);
         control.epoch += 1;
-        let welcome = match control.refuse {
+        let replaced = hello.identity.is_some_and(|known| known != control.identity);
+        let welcome = match control.refuse.or(replaced.then_some(Refusal::Replaced)) {
             Some(refusal) => Welcome::Refused(Refused { refusal, text: format!("refused as {refusal:?}") }),
             None => Welcome::Accepted(Accepted {
-                version: LinkVersion::V2,
+                version: LinkVersion::V3,
                 features: 0,
                 epoch: Epoch::new(control.epoch),
+                identity: control.identity,
                 geometry: Geometry { size: control.image.len() as u64, block_size: BlockSize::B4096 },
                 traits: VolumeTraits::default(),
                 on_unavailable: control.on_unavailable,

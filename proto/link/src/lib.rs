@@ -16,7 +16,9 @@
 //!
 //! A link that just drops keeps the session: nebd comes back with `Mode::Resume` and replays what was not answered,
 //! oldest first, before anything new (`replay_before_new`). It names the session that it was last told of: if anybody
-//! else had the volume since, it is refused as `Held` (`no_late_duplicate`). All integers are little-endian.
+//! else had the volume since, it is refused as `Held` (`no_late_duplicate`). It names the volume too, by the identity that
+//! the first welcome told: if the name is another volume's now, it is refused as `Replaced`. All integers are
+//! little-endian.
 //!
 //! Knows: versions, encodings, limits of what may be said. Must never know: NBD, vhost-user, the cluster, who is on
 //! either end.
@@ -39,6 +41,6 @@ mod tests;
 
 pub use error::LinkError;
 pub use frame::{HEADER_BYTES, Header, Message};
-pub use hello::{Hello, InstanceId, Mode};
+pub use hello::{Hello, Identity, InstanceId, Mode};
 pub use version::{LinkVersion, VersionRange};
 pub use welcome::{Accepted, Refusal, Refused, VolumeTraits, Welcome};

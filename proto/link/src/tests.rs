@@ -1,9 +1,9 @@
-//! Golden bytes of version 2, round trips, and arbitrary bytes against every decoder.
+//! Golden bytes of version 3, round trips, and arbitrary bytes against every decoder.
 
 use crate::extents;
 use crate::fault::fault_from_code;
 use crate::frame::{HEADER_BYTES, Header, Message};
-use crate::hello::{Hello, InstanceId, Mode};
+use crate::hello::{Hello, Identity, InstanceId, Mode};
 use crate::version::{LinkVersion, VersionRange};
 use crate::welcome::{Accepted, Refusal, Refused, VolumeTraits, Welcome};
 use proptest::prelude::*;
@@ -15,21 +15,23 @@ use std::time::Duration;
 
 fn hello() -> Hello {
     Hello {
-        versions: VersionRange { min: 2, max: 3 },
+        versions: VersionRange { min: 3, max: 4 },
         features: 0x0102,
         mode: Mode::Resume { epoch: Epoch::new(9) },
         read_only: true,
         force: false,
         instance: InstanceId(0x1122_3344_5566_7788),
+        identity: Identity::new(0xa1, 0xb2),
         volume: "vm/disk0".parse().expect("a volume name"),
     }
 }
 
 fn accepted() -> Accepted {
     Accepted {
-        version: LinkVersion::V2,
+        version: LinkVersion::V3,
         features: 0,
         epoch: Epoch::new(7),
+        identity: Identity::new(0xa1, 0xb2).expect("not 0"),
         geometry: Geometry { size: 1 << 30, block_size: BlockSize::B4096 },
         traits: VolumeTraits { volatile_cache: true, fast_zero: true, ..VolumeTraits::default() },
         on_unavailable: OnUnavailable::FailAfter(Duration::from_secs(30)),
@@ -44,10 +46,11 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn golden_hello_v2() {
+fn golden_hello_v3() {
     assert_eq!(
         hex(&hello().encode()),
-        "53504c48020003000201000000000000020108000000000088776655443322110900000000000000766d2f6469736b30"
+        "53504c48030004000201000000000000020108000000000088776655443322110900000000000000\
+         b200000000000000a100000000000000766d2f6469736b30"
     );
 }
 
@@ -66,7 +69,7 @@ fn only_a_first_link_may_force() {
 
 #[test]
 fn a_hello_of_another_version_is_refused_before_the_rest_is_read() {
-    for (min, max) in [(1u16, 1u16), (1, 2), (3, 4)] {
+    for (min, max) in [(1u16, 1u16), (1, 3), (2, 2), (2, 3), (4, 5)] {
         let hello = Hello { versions: VersionRange { min, max }, ..hello() };
         let refused = Hello::decode(&hello.encode()[..8]).expect_err("another layout");
         assert!(refused.to_string().contains(&format!("theirs_min={min} theirs_max={max}")), "{refused}");
@@ -81,22 +84,35 @@ fn a_first_link_resumes_nothing() {
 }
 
 #[test]
-fn golden_welcome_v2() {
+fn whoever_resumes_names_the_volume() {
+    let known = Hello { mode: Mode::Open, ..hello() };
+    let first = Hello { identity: None, ..known.clone() };
+    for fine in [known, first] {
+        let bytes = fine.encode();
+        assert_eq!(Hello::decode(&bytes), Ok(Some((fine, bytes.len()))));
+    }
+    assert!(Hello::decode(&Hello { identity: None, ..hello() }.encode()).is_err());
+    let mut nameless = Welcome::Accepted(accepted()).encode();
+    nameless[64..].fill(0);
+    assert!(Welcome::decode(&nameless).is_err());
+}
+
+#[test]
+fn golden_welcome_v3() {
     assert_eq!(
         hex(&Welcome::Accepted(accepted()).encode()),
-        "53504c57020000000000000000000000070000000000000000000040000000000010000006000000\
-         30750000000000020004000000000000 0000000400000000"
-            .replace(' ', "")
+        "53504c57030000000000000000000000070000000000000000000040000000000010000006000000\
+         307500000000000200040000000000000000000400000000b200000000000000a100000000000000"
     );
     let refused = Refused { refusal: Refusal::NotFound, text: "no".to_owned() };
     assert_eq!(
         hex(&Welcome::Refused(refused).encode()),
-        format!("53504c5702000200{}02000000{}6e6f", "0".repeat(88), "0".repeat(16))
+        format!("53504c5703000200{}02000000{}6e6f", "0".repeat(88), "0".repeat(16))
     );
 }
 
 #[test]
-fn golden_frames_v2() {
+fn golden_frames_v3() {
     let zeroes = BlockRequest {
         id: RequestId::new(9),
         op: BlockOp::WriteZeroes { no_hole: true, fast: false },
@@ -126,7 +142,7 @@ fn golden_frames_v2() {
 }
 
 #[test]
-fn golden_extents_v2() {
+fn golden_extents_v3() {
     let list =
         [Extent { length: 4096, hole: true, zero: true }, Extent { length: 1, hole: false, zero: false }];
     assert_eq!(hex(&extents::encode(&list)), "001000000000000003000000010000000000000000000000");
@@ -226,14 +242,14 @@ proptest! {
     }
 
     #[test]
-    fn hellos_decode_only_when_whole(cut in 0usize..48) {
+    fn hellos_decode_only_when_whole(cut in 0usize..70) {
         let bytes = hello().encode();
         let expected = if cut < bytes.len() { None } else { Some((hello(), bytes.len())) };
         prop_assert_eq!(Hello::decode(&bytes[..cut.min(bytes.len())]), Ok(expected));
     }
 
     #[test]
-    fn welcomes_decode_only_when_whole(cut in 0usize..=64, epoch in any::<u64>()) {
+    fn welcomes_decode_only_when_whole(cut in 0usize..=80, epoch in any::<u64>()) {
         let welcome = Welcome::Accepted(Accepted { epoch: Epoch::new(epoch), ..accepted() });
         let bytes = welcome.encode();
         let expected = if cut < bytes.len() { None } else { Some((welcome, bytes.len())) };
@@ -246,7 +262,7 @@ proptest! {
             bytes[..4].copy_from_slice(if side == 0 { b"SPLH" } else { b"SPLW" });
         }
         if bytes.len() >= 8 && side == 0 {
-            bytes[4..8].copy_from_slice(&[2, 0, 2, 0]);
+            bytes[4..8].copy_from_slice(&[3, 0, 3, 0]);
         }
         let _ = Hello::decode(&bytes);
         let _ = Welcome::decode(&bytes);

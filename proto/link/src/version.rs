@@ -6,10 +6,11 @@ use crate::error::LinkError;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u16)]
 pub enum LinkVersion {
-    /// A hello that resumes names the session that it resumes. Hello of 40 bytes, welcome, 48-byte frames with inline
-    /// payload over the socket, extents of 12 bytes. Version 1 had a hello of 32 bytes without that epoch, so that its
-    /// replays could not be judged; it was never released and is not spoken.
-    V2 = 2,
+    /// The welcome names the volume's identity, and a nebd that comes back names it in its hello. Hello of 56 bytes,
+    /// welcome of 80, 48-byte frames with inline payload over the socket, extents of 12 bytes. Version 2 had a hello of
+    /// 40 bytes and a welcome of 64 without the identity, version 1 a hello of 32 without the resumed epoch either: a
+    /// replay could land in another volume. They were never released and are not spoken.
+    V3 = 3,
 }
 
 /// What one side speaks, oldest to newest, both included.
@@ -23,7 +24,7 @@ pub struct VersionRange {
 
 impl VersionRange {
     /// What this build speaks.
-    pub const OURS: Self = Self { min: LinkVersion::V2 as u16, max: LinkVersion::V2 as u16 };
+    pub const OURS: Self = Self { min: LinkVersion::V3 as u16, max: LinkVersion::V3 as u16 };
 }
 
 impl LinkVersion {
@@ -33,7 +34,7 @@ impl LinkVersion {
     /// `Version` if this build does not speak it.
     pub fn from_raw(raw: u16) -> Result<Self, LinkError> {
         match raw {
-            2 => Ok(Self::V2),
+            3 => Ok(Self::V3),
             _ => Err(mismatch(VersionRange { min: raw, max: raw })),
         }
     }
@@ -66,9 +67,9 @@ mod tests {
 
     #[test]
     fn the_newest_common_version_is_chosen() {
-        assert_eq!(LinkVersion::choose(VersionRange { min: 2, max: 9 }), Ok(LinkVersion::V2));
-        assert_eq!(LinkVersion::choose(VersionRange { min: 0, max: 2 }), Ok(LinkVersion::V2));
-        for (min, max) in [(3, 9), (1, 1), (0, 0), (9, 1)] {
+        assert_eq!(LinkVersion::choose(VersionRange { min: 2, max: 9 }), Ok(LinkVersion::V3));
+        assert_eq!(LinkVersion::choose(VersionRange { min: 0, max: 3 }), Ok(LinkVersion::V3));
+        for (min, max) in [(4, 9), (2, 2), (1, 1), (0, 0), (9, 1)] {
             let refused = LinkVersion::choose(VersionRange { min, max }).expect_err("no common version");
             assert!(refused.to_string().contains(&format!("theirs_min={min}")), "{refused}");
         }

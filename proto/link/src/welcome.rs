@@ -1,12 +1,13 @@
 //! The gateway's answer to a hello: the volume as it is served, or why it is not.
 //!
-//! Layout (64 bytes, then the text): magic u32 | version u16 | status u16 | features u64 | epoch u64 | size u64 |
-//! block_size u32 | flags u32 | fail_after_ms u32 (0 waits) | request_bytes_max u32 | requests_max u32 | text_len u16 |
-//! reserved u16 | bytes_max u64 | text. A refusal has the same layout in every version, because it may be about the
-//! version.
+//! Layout (64 bytes): magic u32 | version u16 | status u16 | features u64 | epoch u64 | size u64 | block_size u32 |
+//! flags u32 | fail_after_ms u32 (0 waits) | request_bytes_max u32 | requests_max u32 | text_len u16 | reserved u16 |
+//! bytes_max u64. Behind it lies the text of a refusal, or the identity u128 of an accepted volume. A refusal has the same
+//! layout in every version, because it may be about the version.
 
 use crate::error::LinkError;
-use crate::fields::{put, u16_at, u32_at, u64_at, within, zero};
+use crate::fields::{put, u16_at, u32_at, u64_at, u128_at, within, zero};
+use crate::hello::Identity;
 use crate::version::{LinkVersion, VersionRange};
 use spline_types::limits::{REQUEST_BYTES_MAX, VOLUME_BYTES_MAX};
 use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
@@ -14,8 +15,10 @@ use std::time::Duration;
 
 /// "SPLW" as it lies on the socket.
 pub const WELCOME_MAGIC: u32 = u32::from_le_bytes(*b"SPLW");
-/// Bytes before the text.
+/// Bytes before a refusal's text or an accepted volume's identity.
 pub const WELCOME_FIXED_BYTES: usize = 64;
+/// Bytes of a welcome that accepts.
+pub const WELCOME_ACCEPTED_BYTES: usize = WELCOME_FIXED_BYTES + 16;
 /// Longest text, bytes: one line for a human.
 pub const TEXT_BYTES_MAX: usize = 1024;
 /// Bytes of the longest welcome.
@@ -45,6 +48,8 @@ pub struct Accepted {
     pub features: u64,
     /// Epoch of the session.
     pub epoch: Epoch,
+    /// Which volume it is.
+    pub identity: Identity,
     /// Size and block size.
     pub geometry: Geometry,
     /// What the engine behind it can do.
@@ -86,6 +91,8 @@ pub enum Refusal {
     Unavailable,
     /// The gateway failed; nebd tries again if it had the volume before, else gives up.
     Internal,
+    /// The name is another volume's than the one that nebd has served; it fails its requests. Not before version 3.
+    Replaced,
 }
 
 /// A refusal with its reason for humans.
@@ -105,6 +112,7 @@ impl Refusal {
             Self::Held => 3,
             Self::Unavailable => 4,
             Self::Internal => 5,
+            Self::Replaced => 6,
         }
     }
 
@@ -115,6 +123,7 @@ impl Refusal {
             3 => Self::Held,
             4 => Self::Unavailable,
             5 => Self::Internal,
+            6 => Self::Replaced,
             _ => return None,
         })
     }
@@ -144,25 +153,26 @@ impl Welcome {
         if bytes.len() < WELCOME_FIXED_BYTES {
             return Ok(None);
         }
-        let text_len = u16_at(bytes, 52);
+        let (status, text_len) = (u16_at(bytes, 6), u16_at(bytes, 52));
+        if status == 0 {
+            zero("text_len", text_len.into())?;
+            // A welcome of another version may be shorter: that is told before more bytes are waited for.
+            let version = LinkVersion::from_raw(u16_at(bytes, 4))?;
+            let Some(whole) = bytes.get(..WELCOME_ACCEPTED_BYTES) else { return Ok(None) };
+            return Ok(Some((Self::Accepted(Accepted::decode(whole, version)?), whole.len())));
+        }
         within("text_len", text_len.into(), TEXT_BYTES_MAX as u64)?;
         let end = WELCOME_FIXED_BYTES + usize::from(text_len);
         let Some(text) = bytes.get(WELCOME_FIXED_BYTES..end) else { return Ok(None) };
-        let status = u16_at(bytes, 6);
-        let welcome = if status == 0 {
-            zero("text_len", text_len.into())?;
-            Self::Accepted(Accepted::decode(bytes)?)
-        } else {
-            let refusal = Refusal::from_code(status)
-                .ok_or(LinkError::Unknown { field: "status", value: status.into() })?;
-            Self::Refused(Refused { refusal, text: String::from_utf8_lossy(text).into_owned() })
-        };
-        Ok(Some((welcome, end)))
+        let refusal =
+            Refusal::from_code(status).ok_or(LinkError::Unknown { field: "status", value: status.into() })?;
+        let refused = Refused { refusal, text: String::from_utf8_lossy(text).into_owned() };
+        Ok(Some((Self::Refused(refused), end)))
     }
 }
 
 impl Accepted {
-    fn encode(&self, bytes: &mut [u8]) {
+    fn encode(&self, bytes: &mut Vec<u8>) {
         let traits = [
             (self.traits.read_only, FLAG_READ_ONLY),
             (self.traits.volatile_cache, FLAG_VOLATILE_CACHE),
@@ -185,9 +195,11 @@ impl Accepted {
         put(bytes, 44, &self.request_bytes_max.to_le_bytes());
         put(bytes, 48, &self.requests_max.to_le_bytes());
         put(bytes, 56, &self.bytes_max.to_le_bytes());
+        bytes.extend_from_slice(&self.identity.0.get().to_le_bytes());
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, LinkError> {
+    /// `bytes` are [`WELCOME_ACCEPTED_BYTES`].
+    fn decode(bytes: &[u8], version: LinkVersion) -> Result<Self, LinkError> {
         zero("reserved", u16_at(bytes, 54).into())?;
         let size = u64_at(bytes, 24);
         within("size", size, VOLUME_BYTES_MAX)?;
@@ -206,9 +218,11 @@ impl Accepted {
             return Err(LinkError::Mismatch { field: "bytes_max", value: bytes_max });
         }
         Ok(Self {
-            version: LinkVersion::from_raw(u16_at(bytes, 4))?,
+            version,
             features: u64_at(bytes, 8),
             epoch: Epoch::new(u64_at(bytes, 16)),
+            identity: Identity::from_raw(u128_at(bytes, WELCOME_FIXED_BYTES))
+                .ok_or(LinkError::Mismatch { field: "identity", value: 0 })?,
             geometry: Geometry { size, block_size },
             traits: VolumeTraits {
                 read_only: flags & FLAG_READ_ONLY != 0,

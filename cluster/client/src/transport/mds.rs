@@ -64,12 +64,14 @@ impl Mds {
         gateway: &str,
         force: bool,
         resumes: Option<Epoch>,
+        known: Option<VolumeId>,
     ) -> Result<OpenedSession, MetaError> {
         let request = pb::OpenSessionRequest {
             volume: volume.as_str().into(),
             gateway: gateway.into(),
             force,
             resumed_epoch: resumes.map(Epoch::get),
+            known_id: known.map(VolumeId::get),
         };
         let (address, reply) = self
             .ask("open", |channel| {
@@ -227,6 +229,7 @@ fn refused(address: &str, status: &Status) -> MetaError {
     let (address, message) = (address.to_owned(), status.message().to_owned());
     match status.code() {
         Code::NotFound => MetaError::NotFound { address, message },
+        Code::AlreadyExists => MetaError::Replaced { address, message },
         code => MetaError::Refused { address, fault: spline_rpc::fault::fault_of(code), message },
     }
 }

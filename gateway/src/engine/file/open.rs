@@ -9,12 +9,13 @@ use super::threads::Threads;
 use super::{Disk, Executor, FileEngine};
 use crate::buffer::BufferPool;
 use crate::config::FileIo;
-use crate::engine::{EngineTraits, OpenError, Standing};
+use crate::engine::{EngineTraits, OpenError, Standing, Wanted, replaced};
 use rustix::fs::{
-    FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, flock, fstat, ioctl_blksszget, major,
-    minor, open, openat2, seek,
+    FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, Stat, flock, fstat, ioctl_blksszget,
+    major, minor, open, openat2, seek,
 };
 use rustix::io::Errno;
+use spline_link::Identity;
 use spline_types::limits::{VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
 use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -47,6 +48,7 @@ struct Opened {
     read_only: bool,
     rotational: bool,
     geometry: Geometry,
+    identity: Identity,
 }
 
 impl Files {
@@ -60,22 +62,22 @@ impl Files {
         Self { lock_limit, ..self }
     }
 
-    /// Opens a file for writing, or for reading only if it can not be written and `read_only` says that nobody wants
-    /// to. Blocks.
+    /// Opens a file for writing, or for reading only if it can not be written and nobody wants to. Blocks.
     ///
     /// # Errors
-    /// `NotFound` if it is not there or not below a root, `Held` if someone else has it open, `Internal` otherwise.
-    pub(crate) fn open(&self, path: &Path, read_only: bool) -> Result<FileEngine, OpenError> {
-        self.open_with(path, read_only, choose)
+    /// `NotFound` if it is not there or not below a root, `Held` if someone else has it open, `Replaced` if it is not the
+    /// known one, `Internal` otherwise.
+    pub(crate) fn open(&self, path: &Path, wanted: Wanted) -> Result<FileEngine, OpenError> {
+        self.open_with(path, wanted, choose)
     }
 
     pub(super) fn open_with(
         &self,
         path: &Path,
-        read_only: bool,
+        wanted: Wanted,
         executor: impl FnOnce(&Arc<Descriptors>) -> std::io::Result<Executor>,
     ) -> Result<FileEngine, OpenError> {
-        let opened = self.open_locked(path, read_only)?;
+        let opened = self.open_locked(path, wanted)?;
         let internal = |error| {
             OpenError::Internal(format!("can not serve a file: path={} error={error}", path.display()))
         };
@@ -101,6 +103,7 @@ impl Files {
             read_only: opened.read_only,
             fast_zero: true,
             rotational: opened.rotational,
+            identity: opened.identity,
             epoch: Epoch::new(0),
             run_since: Epoch::new(0),
             on_unavailable: OnUnavailable::Wait,
@@ -109,11 +112,11 @@ impl Files {
         Ok(FileEngine { disk: Arc::new(disk), geometry: opened.geometry, traits, standing })
     }
 
-    fn open_locked(&self, path: &Path, read_only: bool) -> Result<Opened, OpenError> {
+    fn open_locked(&self, path: &Path, wanted: Wanted) -> Result<Opened, OpenError> {
         let shown = path.display();
         let (buffered, writable) = match self.resolve(path, OFlags::RDWR) {
             Ok(fd) => (fd, true),
-            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) if read_only => {
+            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) if wanted.read_only => {
                 (self.resolve(path, OFlags::RDONLY).map_err(|error| refused(path, error))?, false)
             }
             Err(error) => return Err(refused(path, error)),
@@ -137,6 +140,11 @@ impl Files {
             FileType::BlockDevice => true,
             _ => return Err(OpenError::NotFound(format!("not a file or block device: path={shown}"))),
         };
+        let identity = identity(&stat, device)
+            .ok_or_else(|| OpenError::Internal(format!("file has neither device nor inode: path={shown}")))?;
+        if let Some(known) = wanted.known.filter(|known| *known != identity) {
+            return Err(replaced(shown, identity, known));
+        }
         let geometry = geometry(&buffered, device).map_err(failed)?;
         if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&geometry.size) {
             return Err(OpenError::NotFound(format!(
@@ -155,6 +163,7 @@ impl Files {
             read_only: !writable,
             rotational,
             geometry,
+            identity,
         })
     }
 
@@ -199,6 +208,12 @@ fn refused(path: &Path, error: Errno) -> OpenError {
         Errno::BUSY | Errno::TXTBSY => OpenError::Held(format!("file is in use: path={shown} error={error}")),
         error => OpenError::Internal(format!("can not open a file: path={shown} error={error}")),
     }
+}
+
+/// Device and inode of a regular file, the number of a block device. A file that was deleted may leave its inode to the next
+/// one, and a device its number: what the system tells of them is no more than that.
+fn identity(stat: &Stat, device: bool) -> Option<Identity> {
+    if device { Identity::new(stat.st_rdev, 0) } else { Identity::new(stat.st_dev, stat.st_ino) }
 }
 
 /// Announced as 512 byte blocks unless the device has larger ones: images are usually made on such disks.

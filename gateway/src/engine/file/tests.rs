@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::config::FileIo;
-use crate::engine::OpenError;
+use crate::engine::{OpenError, Wanted};
 use proptest::prelude::*;
 use spline_types::RequestId;
 use std::path::Path;
@@ -49,7 +49,7 @@ fn engines(dir: &Path) -> Vec<(&'static str, PathBuf, FileEngine)> {
     for (io, io_name) in [(FileIo::Direct, "direct"), (FileIo::Buffered, "buffered")] {
         let path = image(dir, &format!("ring-{io_name}"));
         // A sandbox may forbid io_uring; then the threads are what serves, and what is tested.
-        match files(dir, io).open_with(&path, false, ring) {
+        match files(dir, io).open_with(&path, Wanted::default(), ring) {
             Ok(engine) => engines.push(("ring", path, engine)),
             Err(error) => eprintln!("no io_uring here: {error}"),
         }
@@ -57,7 +57,7 @@ fn engines(dir: &Path) -> Vec<(&'static str, PathBuf, FileEngine)> {
         engines.push((
             "threads",
             path.clone(),
-            files(dir, io).open_with(&path, false, threads).expect("opens"),
+            files(dir, io).open_with(&path, Wanted::default(), threads).expect("opens"),
         ));
     }
     engines
@@ -128,12 +128,12 @@ async fn a_lock_that_is_let_go_of_soon_is_waited_for() {
     let held = std::fs::File::open(&path).expect("opens");
     held.lock().expect("locks");
     let files = files(dir.path(), FileIo::Direct);
-    assert!(matches!(files.open(&path, false), Err(OpenError::Held(_))));
+    assert!(matches!(files.open(&path, Wanted::default()), Err(OpenError::Held(_))));
     let files = files.waiting(Duration::from_secs(60));
     let (begun, opening) = std::sync::mpsc::channel();
     let opener = std::thread::spawn(move || {
         begun.send(()).expect("the test waits");
-        files.open(&path, false).map(drop)
+        files.open(&path, Wanted::default()).map(drop)
     });
     opening.recv().expect("begins");
     assert!(!opener.is_finished(), "nothing is opened while it is locked");
@@ -152,17 +152,41 @@ async fn a_file_is_opened_once_and_only_below_a_root() {
     std::os::unix::fs::symlink("../outside/secret", root.join("link")).expect("links");
     std::os::unix::fs::symlink("disk", root.join("alias")).expect("links");
     let files = files(&root, FileIo::Direct);
-    let engine = files.open(&path, false).expect("opens");
-    assert!(matches!(files.open(&root.join("alias"), false), Err(OpenError::Held(_))));
-    assert!(matches!(files.open(&path, true), Err(OpenError::Held(_))));
+    let engine = files.open(&path, Wanted::default()).expect("opens");
+    assert!(matches!(files.open(&root.join("alias"), Wanted::default()), Err(OpenError::Held(_))));
+    assert!(matches!(
+        files.open(&path, Wanted { read_only: true, ..Wanted::default() }),
+        Err(OpenError::Held(_))
+    ));
     engine.close().await;
-    files.open(&path, false).expect("opens again").close().await;
+    files.open(&path, Wanted::default()).expect("opens again").close().await;
     for bad in [&secret, &root.join("link"), &root.join("none"), &root.join("../outside/secret"), &root] {
-        let refused = files.open(bad, false).err();
+        let refused = files.open(bad, Wanted::default()).err();
         assert!(matches!(refused, Some(OpenError::NotFound(_))), "{} {refused:?}", bad.display());
     }
     std::fs::write(root.join("small"), "x").expect("writes");
-    assert!(matches!(files.open(&root.join("small"), false), Err(OpenError::NotFound(_))));
+    assert!(matches!(files.open(&root.join("small"), Wanted::default()), Err(OpenError::NotFound(_))));
+}
+
+#[tokio::test]
+async fn a_file_that_took_the_name_of_another_is_not_the_known_one() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (path, other) = (image(dir.path(), "disk"), image(dir.path(), "other"));
+    let files = files(dir.path(), FileIo::Direct);
+    let engine = files.open(&path, Wanted::default()).expect("opens");
+    let known = Wanted { known: Some(engine.traits().identity), ..Wanted::default() };
+    engine.close().await;
+    files.open(&path, known).expect("opens again").close().await;
+    let moved = dir.path().join("moved");
+    std::fs::rename(&path, &moved).expect("renames");
+    std::fs::rename(&other, &path).expect("renames");
+    let refused = files.open(&path, known).map(drop);
+    assert!(
+        matches!(&refused, Err(OpenError::Replaced(why)) if why.contains("another volume")),
+        "{refused:?}"
+    );
+    files.open(&moved, known).expect("is the known one, wherever it is").close().await;
+    files.open(&path, Wanted::default()).expect("was not kept").close().await;
 }
 
 /// Writes of one file under way at once must leave what the last writer of each byte wrote: neighbours in a page must

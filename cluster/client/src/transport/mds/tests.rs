@@ -29,6 +29,7 @@ fn refusals_keep_the_words_and_name_the_server() {
     assert_eq!(error.fault(), Fault::Fenced);
     assert_eq!(error.to_string(), "volume is open elsewhere: gateway=g1 (mds=mds1:6700)");
     assert!(matches!(refused("a:1", &Status::not_found("x")), MetaError::NotFound { .. }));
+    assert!(matches!(refused("a:1", &Status::already_exists("x")), MetaError::Replaced { .. }));
 }
 
 #[test]
