@@ -41,7 +41,7 @@ use machine::Machine;
 use metrics::Metrics;
 use prometheus_client::registry::Registry;
 use service::Service;
-use spline_raft::{Group, GroupId, NodeId, RaftConfig, RaftHost};
+use spline_raft::{Group, GroupId, NodeId, ProposeError, RaftConfig, RaftHost};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -73,6 +73,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 pub struct Mds {
     address: SocketAddr,
     host: RaftHost,
+    group: Group,
     stop: watch::Sender<bool>,
     serving: JoinHandle<()>,
     ticking: JoinHandle<()>,
@@ -91,7 +92,7 @@ impl Mds {
             .with_context(|| format!("can not listen for metadata requests: listen={}", config.listen))?;
         let address = listener.local_addr()?;
         let metrics = Metrics::new(registry);
-        let (host, ledger) = open(&config.data_dir, &metrics, registry).await?;
+        let (host, group, ledger) = open(&config.data_dir, &metrics, registry).await?;
         found(&ledger).await?;
         let context = Arc::new(Context::new(ledger, config, metrics));
         let cluster = Cluster::new(Arc::clone(&context));
@@ -100,7 +101,7 @@ impl Mds {
         let serving = tokio::spawn(serve(listener, service, stopped.clone()));
         let ticking = tokio::spawn(tick(cluster, stopped));
         tracing::info!(%address, "metadata server is ready");
-        Ok(Mds { address, host, stop, serving, ticking })
+        Ok(Mds { address, host, group, stop, serving, ticking })
     }
 
     /// Where the gRPC services listen.
@@ -108,10 +109,15 @@ impl Mds {
         self.address
     }
 
-    /// Waits until this server can not go on, and says why: its log has failed, so that nothing can be changed or looked up
-    /// any more. The process should end; a new start recovers what the log holds.
+    /// Waits until this server can not go on, and says why: its log or its tables have failed, so that nothing can be changed
+    /// or looked up any more. The process should end; a new start recovers what the log holds.
     pub async fn failed(&self) -> String {
-        format!("write-ahead log failed: {}", self.host.failed().await)
+        tokio::select! {
+            // A log that fails stops the group as well: it is the cause.
+            biased;
+            why = self.host.failed() => format!("write-ahead log failed: {why}"),
+            why = self.group.stopped() => format!("metadata group has stopped: {why}"),
+        }
     }
 
     /// Stops serving, within a limit, and closes the log and the tables.
@@ -129,7 +135,11 @@ impl Mds {
 }
 
 /// Opens tables and log, starts the group and waits until it leads.
-async fn open(dir: &Path, metrics: &Metrics, registry: &mut Registry) -> anyhow::Result<(RaftHost, Ledger)> {
+async fn open(
+    dir: &Path,
+    metrics: &Metrics,
+    registry: &mut Registry,
+) -> anyhow::Result<(RaftHost, Group, Ledger)> {
     let raft_dir = dir.join("raft");
     std::fs::create_dir_all(&raft_dir)
         .with_context(|| format!("can not create the data directory: data_dir={}", dir.display()))?;
@@ -157,7 +167,7 @@ async fn open(dir: &Path, metrics: &Metrics, registry: &mut Registry) -> anyhow:
         );
     }
     lead(&group).await?;
-    Ok((host, Ledger::new(group, state)))
+    Ok((host, group.clone(), Ledger::new(group, state)))
 }
 
 /// Waits until everything that was ever answered is applied here.
@@ -166,6 +176,7 @@ async fn lead(group: &Group) -> anyhow::Result<()> {
     loop {
         match group.read_lease().await {
             Ok(_) => return Ok(()),
+            Err(ProposeError::Stopped) => bail!("the metadata group has stopped: {}", group.stopped().await),
             Err(error) if start.elapsed() > LEAD_LIMIT => {
                 bail!("the metadata group has no leader: waited={LEAD_LIMIT:?} error={error}")
             }
@@ -198,5 +209,33 @@ async fn tick(cluster: Cluster, mut stopped: watch::Receiver<bool>) {
     // A tick is due whenever the wait for the end runs out.
     while tokio::time::timeout(TICK, stopped.wait_for(|stopped| *stopped)).await.is_err() {
         cluster.tick().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use spline_raft::LogCommand;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_group_that_stops_ends_the_server_and_its_next_start() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let config = || Config {
+            data_dir: dir.path().to_path_buf(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            ..Config::default()
+        };
+        let mds = Mds::start(config(), &mut Registry::default()).await.expect("starts");
+        assert!(tokio::time::timeout(2 * TICK, mds.failed()).await.is_err(), "all is well");
+        // What a newer version may leave in the log: it can not be applied, so the group stops.
+        let strange =
+            LogCommand { meta: Bytes::from_static(br#"{"v":999,"command":"x"}"#), payload: Bytes::new() };
+        mds.group.propose(strange).await.expect_err("can not be applied");
+        let why = tokio::time::timeout(LEAD_LIMIT, mds.failed()).await.expect("is told");
+        assert!(why.starts_with("metadata group has stopped: ") && why.contains("999"), "{why}");
+        mds.shutdown().await;
+        let refused = Mds::start(config(), &mut Registry::default()).await.err().expect("can not start");
+        assert!(format!("{refused:#}").contains("999"), "{refused:#}");
     }
 }

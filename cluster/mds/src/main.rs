@@ -76,7 +76,10 @@ fn main() -> anyhow::Result<()> {
         runtime.block_on(mds.shutdown());
         return Ok(());
     };
-    tracing::error!(why, "metadata server can not go on and ends: check the disk, then start it again");
+    tracing::error!(
+        why,
+        "metadata server can not go on and ends: see why, check the disk, then start it again"
+    );
     // What hangs on the disk must not keep the process.
     let shutdown = runtime.spawn(mds.shutdown());
     if runtime.block_on(async { tokio::time::timeout(END_LIMIT, shutdown).await }).is_err() {

@@ -102,6 +102,7 @@ fn held_lease(member: &Member) -> Option<LeaderId> {
     // Applied past the first entry of its own term: everything acknowledged by earlier leaders is in the state.
     let is_ready = raft.state == ServerState::Leader
         && raft.running_state.is_ok()
+        && !member.stopped.load(Ordering::Acquire)
         && leader.node_id == member.node.0
         && raft.last_applied.as_ref().is_some_and(|applied| applied.leader_id == leader);
     if !is_ready || member.transferring.load(Ordering::Acquire) == leader.term {
@@ -402,6 +403,19 @@ impl Group {
     /// `Stopped`, also if the checkpoint failed (then the replica has stopped).
     pub async fn checkpoint(&self) -> Result<(), RaftError> {
         checkpoint(&self.member, 0).await
+    }
+
+    /// Waits until this replica has stopped, and says why.
+    pub async fn stopped(&self) -> String {
+        let mut raft = self.member.raft.clone();
+        loop {
+            if let Err(fatal) = raft.borrow_and_update().running_state.clone() {
+                return fatal.to_string();
+            }
+            if raft.changed().await.is_err() {
+                return "it ended without a word".to_owned();
+            }
+        }
     }
 
     /// Stops this replica. Its log stays.
