@@ -151,7 +151,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Compares how full two are, had each `more` chunks.
+    /// Compares how full two are for their weights, had each `more` chunks.
     fn cmp_fill(&self, other: &Slot, more: [u64; 2]) -> Ordering {
         let left = u128::from(self.chunks + more[0]) * u128::from(other.weight.max(1));
         let right = u128::from(other.chunks + more[1]) * u128::from(self.weight.max(1));
@@ -160,20 +160,15 @@ impl Slot {
 }
 
 /// Chooses the copysets of a segment's `count` new chunks, in order: [`SEGMENT_COPYSETS`] of those with the fewest
-/// chunks per weight, with different leaders if such are nearly as empty, and of these for each chunk the emptiest:
-/// copysets fill in proportion to their weights and neighbouring chunks lie in different ones.
+/// chunks per weight, with different leaders if such are nearly as empty, in turn. Each gets the same share of the segment,
+/// however empty it is, because a hot region wants all its leaders; over many segments copysets fill in proportion to
+/// their weights, as far as shares of a third allow it. Neighbouring chunks lie in different ones.
 ///
 /// Returns `None` if there is no slot.
 pub fn place_chunks(slots: &[Slot], count: usize, random: &mut impl Rng) -> Option<Vec<CopysetId>> {
     let share = count.div_ceil(SEGMENT_COPYSETS) as u64;
-    let mut chosen = choose(slots, share, random);
-    (0..count)
-        .map(|_| {
-            let slot = chosen.iter_mut().min_by(|a, b| a.cmp_fill(b, [1, 1]))?;
-            slot.chunks += 1;
-            Some(slot.copyset)
-        })
-        .collect()
+    let chosen = choose(slots, share, random);
+    (!chosen.is_empty()).then(|| chosen.iter().cycle().take(count).map(|slot| slot.copyset).collect())
 }
 
 /// "Nearly as empty" means: not fuller than the emptiest one with a `share` of the segment.

@@ -84,7 +84,31 @@ proptest! {
     }
 
     #[test]
-    fn chunks_fill_copysets_in_proportion_to_weight(weights in proptest::collection::vec(1u64..20, 1..40), seed: u64) {
+    fn no_copyset_gets_more_than_its_share_of_a_segment(
+        filled in proptest::collection::vec((1u64..1 << 40, 0u64..100_000, 0u32..5), 1..40), seed: u64,
+    ) {
+        let slots: Vec<Slot> = (1..).zip(&filled)
+            .map(|(id, (weight, chunks, leader))| Slot {
+                copyset: CopysetId::new(id),
+                leader: leader.checked_sub(1).map(ChunkserverId::new),
+                weight: *weight,
+                chunks: *chunks,
+            })
+            .collect();
+        let placed = place_chunks(&slots, 64, &mut StdRng::seed_from_u64(seed)).expect("there are slots");
+        prop_assert_eq!(placed.len(), 64);
+        let mut counts: BTreeMap<CopysetId, usize> = BTreeMap::new();
+        placed.iter().for_each(|copyset| *counts.entry(*copyset).or_default() += 1);
+        prop_assert_eq!(counts.len(), slots.len().min(SEGMENT_COPYSETS));
+        let most = 64usize.div_ceil(counts.len());
+        prop_assert!(counts.values().all(|count| (most - 1..=most).contains(count)), "{:?}", counts);
+        prop_assert!(counts.len() == 1 || placed.windows(2).all(|pair| pair[0] != pair[1]));
+    }
+
+    #[test]
+    fn chunks_fill_copysets_in_proportion_to_weight(weights in proptest::collection::vec(1u64..20, 3..40), seed: u64) {
+        // More than a third is not to be had.
+        prop_assume!(weights.iter().all(|weight| 3 * weight <= weights.iter().sum()));
         let mut random = StdRng::seed_from_u64(seed);
         let mut slots: Vec<Slot> = (1..).zip(&weights)
             .map(|(id, weight)| Slot { copyset: CopysetId::new(id), leader: None, weight: *weight, chunks: 0 })
