@@ -3,6 +3,7 @@
 //! Called by the chunkserver and the MDS. Owns what the groups share; a group's own state is in `member`.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +13,7 @@ use std::time::Duration;
 use openraft::{Config, Raft, SnapshotPolicy};
 use prometheus_client::registry::Registry;
 use spline_wire::{Frame, FrameSender};
+use tokio::sync::oneshot;
 
 use crate::codec::message::{ENTRIES_MAX, Request};
 use crate::command::{GroupId, NodeId};
@@ -31,6 +33,7 @@ use crate::rounds::Flight;
 use crate::snapshot::Throttle;
 use crate::state_machine::StateMachine;
 use crate::state_machine::adapter::Adapter;
+use crate::types::TypeConfig;
 use crate::wal::{Wal, WalConfig, WalDone};
 
 /// A learner this many entries behind has caught up; the rest follows under the joint change.
@@ -79,7 +82,7 @@ impl RaftConfig {
 
 /// One per data directory. Clones share it; dropping the last one stops the clock, `shutdown` stops the groups.
 #[derive(Clone)]
-pub struct RaftHost(Arc<HostState>);
+pub struct RaftHost(pub(crate) Arc<HostState>);
 
 impl std::fmt::Debug for RaftHost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -113,6 +116,57 @@ impl HostState {
 
     fn member(&self, id: GroupId) -> Option<Arc<Member>> {
         self.members.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+}
+
+/// What belongs to a running raft and is not in it.
+pub(crate) struct Parts {
+    log: LogStore,
+    acks: Arc<Acks>,
+    /// Ends with the state machine.
+    machine: oneshot::Receiver<Infallible>,
+}
+
+impl HostState {
+    /// Starts openraft over the group's log; nobody knows of it yet.
+    pub(crate) async fn start_raft<S: StateMachine>(
+        &self,
+        id: GroupId,
+        machine: S,
+    ) -> Result<(Raft<TypeConfig, Adapter<S>>, Parts), RaftError> {
+        let log = LogStore::open(self.wal.clone(), id)?;
+        let (alive, machine_gone) = oneshot::channel();
+        let started = Arc::new(AtomicBool::new(false));
+        let adapter = Adapter::new(id, machine, log.clone(), started.clone(), self.metrics.clone(), alive)?;
+        let acks = Arc::<Acks>::default();
+        let (peers, throttle) = (self.peers.clone(), self.throttle.clone());
+        let network = Factory { group: id, acks: acks.clone(), peers, throttle };
+        let raft = Raft::new(self.node.0, self.openraft.clone(), network, log.clone(), adapter).await;
+        let raft = raft.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
+        // Answered by the core once it has published what it recovered: the first status must show the members.
+        raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
+        started.store(true, Ordering::Release);
+        Ok((raft, Parts { log, acks, machine: machine_gone }))
+    }
+
+    /// Makes a running replica known to the peers and to the clock, and watches over its end.
+    pub(crate) fn enter(&self, id: GroupId, replica: Arc<dyn Replica>, parts: Parts) -> Group {
+        let Parts { log, acks, machine } = parts;
+        let core = replica.gone();
+        let member = Arc::new(Member::new(self, id, replica, log, acks));
+        let watched = Arc::downgrade(&member);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = core => {}
+                _ = machine => {}
+            }
+            if let Some(member) = watched.upgrade() {
+                member.ended().await;
+            }
+        });
+        self.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
+        self.wake.notify_one();
+        Group { member, wal: self.wal.clone(), places: self.places.clone() }
     }
 }
 
@@ -196,23 +250,8 @@ impl RaftHost {
         if host.member(id).is_some() {
             return Err(RaftError::AlreadyStarted(id.0));
         }
-        let log = LogStore::open(host.wal.clone(), id)?;
-        let started = Arc::new(AtomicBool::new(false));
-        let adapter = Adapter::new(id, machine, log.clone(), started.clone(), host.metrics.clone())?;
-        let acks = Arc::<Acks>::default();
-        let (peers, throttle) = (host.peers.clone(), host.throttle.clone());
-        let network = Factory { group: id, acks: acks.clone(), peers, throttle };
-        let raft = Raft::new(host.node.0, host.openraft.clone(), network, log.clone(), adapter).await;
-        let raft = raft.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
-        // Answered by the core once it has published what it recovered: the first status must show the members.
-        raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
-        started.store(true, Ordering::Release);
-        let replica: Arc<dyn Replica> = Arc::new(raft);
-        let member = Member::new(host, id, replica, log, acks);
-        let member = Arc::new(member);
-        host.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
-        host.wake.notify_one();
-        Ok(Group { member, wal: host.wal.clone(), places: host.places.clone() })
+        let (raft, parts) = host.start_raft(id, machine).await?;
+        Ok(host.enter(id, Arc::new(raft), parts))
     }
 
     /// Stops the replica and forgets its log. What its state machine stored is the user's to delete.

@@ -189,6 +189,20 @@ impl Member {
         self.raft.borrow_watched().current_leader.map(NodeId)
     }
 
+    /// The core or the state machine has ended. What the core last published may still say that this replica leads: from
+    /// here on it sends no heartbeat, reads under no lease, accepts none and is reported as stopped.
+    pub(crate) async fn ended(&self) {
+        if self.stopped.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.metrics.replicas_ended.inc();
+        // A core that failed has said why; one that panicked could not.
+        if self.raft.borrow_watched().running_state.is_ok() {
+            tracing::error!(group = %self.id, "replica has ended by a panic; restart the process to recover it");
+        }
+        self.replica.stop().await;
+    }
+
     pub(crate) async fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
         self.replica.stop().await;

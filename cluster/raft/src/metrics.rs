@@ -26,6 +26,7 @@ pub(crate) struct Metrics {
     pub(crate) snapshot_items_sent: Counter,
     pub(crate) snapshot_items_received: Counter,
     pub(crate) links_broken: Counter,
+    pub(crate) replicas_ended: Counter,
 }
 
 impl Metrics {
@@ -59,6 +60,7 @@ impl Metrics {
             snapshot_items_sent: counter("snapshot_items_sent", "Snapshot items sent"),
             snapshot_items_received: counter("snapshot_items_received", "Snapshot items received"),
             links_broken: counter("links_broken", "Connections to peers that broke"),
+            replicas_ended: counter("replicas_ended", "Replicas that ended before they were stopped"),
             // 20 µs to 10 s.
             propose_seconds: Histogram::new(exponential_buckets(20e-6, 2.0, 20)),
             round_proposals: Histogram::new(exponential_buckets(1.0, 2.0, 12)),

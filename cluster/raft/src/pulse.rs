@@ -116,10 +116,11 @@ enum Look {
 }
 
 fn look(member: &Member, now: Instant) -> Look {
-    let raft = member.raft.borrow_watched();
-    if raft.running_state.is_err() {
+    // What is published of a core that panicked stays as it was.
+    if !member.is_running() {
         return Look::Nothing;
     }
+    let raft = member.raft.borrow_watched();
     if raft.state == ServerState::Leader {
         return Look::Leader;
     }
@@ -248,3 +249,6 @@ fn start_checkpoints(host: &Arc<HostState>, members: &[Arc<Member>], permits: &A
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

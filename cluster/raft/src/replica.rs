@@ -7,6 +7,7 @@ use std::io;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{Fatal, InitializeError, RaftError as OpenraftError};
 use openraft::impls::EmptyNode;
 use openraft::raft::AppendEntriesResponse;
@@ -52,6 +53,8 @@ pub(crate) trait Replica: Send + Sync {
         sink: Box<dyn SnapshotSink>,
     ) -> BoxFuture<'_, Result<Vote, String>>;
     fn stop(&self) -> BoxFuture<'_, ()>;
+    /// Ready once the core is gone, whether it was stopped, has failed or has panicked.
+    fn gone(&self) -> BoxFuture<'static, ()>;
 }
 
 fn stopped(fatal: Fatal<TypeConfig>) -> RaftError {
@@ -170,5 +173,11 @@ impl<S: StateMachine> Replica for Raft<TypeConfig, Adapter<S>> {
     fn stop(&self) -> BoxFuture<'_, ()> {
         // A task that panicked has been reported by its own panic.
         Box::pin(async move { drop(self.shutdown().await) })
+    }
+
+    fn gone(&self) -> BoxFuture<'static, ()> {
+        // The core owns the sender. A channel that changes seldom: not with every entry.
+        let mut changes = self.server_metrics();
+        Box::pin(async move { while changes.changed().await.is_ok() {} })
     }
 }

@@ -4,6 +4,7 @@
 //! Called by openraft's state machine task only, so nothing here needs a lock but the last checkpoint's meta.
 //! `log_before_chunk`: a batch is applied only after this replica's own log has it on disk.
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,6 +13,7 @@ use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot};
+use tokio::sync::oneshot;
 
 use crate::codec;
 use crate::command::{GroupId, LogCommand, LogPosition};
@@ -49,6 +51,8 @@ pub(crate) struct Adapter<S> {
     /// False while openraft starts and only wants to know where the checkpoint is.
     started: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
+    /// Dropped with this: tells that nothing will be applied any more, a panic in `apply` included.
+    _alive: oneshot::Sender<Infallible>,
 }
 
 impl<S: StateMachine> Adapter<S> {
@@ -58,12 +62,14 @@ impl<S: StateMachine> Adapter<S> {
         log: LogStore,
         started: Arc<AtomicBool>,
         metrics: Arc<Metrics>,
+        alive: oneshot::Sender<Infallible>,
     ) -> io::Result<Adapter<S>> {
         let last = machine.checkpoint();
         let membership = codec::decode_membership(&last.membership)?;
         let applied = last.position.as_ref().map(log_id);
         let recovered = to_meta(&last)?;
-        Ok(Adapter { group, machine, log, applied, membership, recovered, started, metrics })
+        let _alive = alive;
+        Ok(Adapter { group, machine, log, applied, membership, recovered, started, metrics, _alive })
     }
 
     /// A sink for a snapshot that a leader wants to send.

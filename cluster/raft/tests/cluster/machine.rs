@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -20,9 +21,14 @@ pub(crate) type Registers = BTreeMap<u64, (u64, u64, Bytes)>;
 
 /// What the test looks into while the group runs.
 #[derive(Clone, Default)]
-pub(crate) struct Shared(pub(crate) Arc<Mutex<Registers>>);
+pub(crate) struct Shared(pub(crate) Arc<Mutex<Registers>>, Arc<AtomicBool>);
 
 impl Shared {
+    /// The next command that is applied here is the last one.
+    pub(crate) fn panic_next(&self) {
+        self.1.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn value(&self, register: u64) -> Option<Bytes> {
         self.0.lock().unwrap().get(&register).map(|(_, _, value)| value.clone())
     }
@@ -60,6 +66,7 @@ impl StateMachine for Machine {
     }
 
     async fn apply(&mut self, batch: Vec<(LogPosition, LogCommand)>) -> io::Result<Vec<Answer>> {
+        assert!(!self.shared.1.load(Ordering::Relaxed), "this replica was told to panic");
         let mut registers = self.shared.0.lock().unwrap();
         let answer = |(at, command): (LogPosition, LogCommand)| {
             let register = command.meta.as_ref().get_u64_le();

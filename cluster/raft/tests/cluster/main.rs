@@ -148,14 +148,15 @@ fn a_follower_whose_log_takes_little_at_once_catches_up() {
 #[test]
 fn proposals_that_would_overfill_the_log_wait() {
     let dirs = dirs(1);
-    let little = |config: &mut RaftConfig| config.wal.queue_bytes = 1 << 20;
+    // Each entry costs a sync of its own, so that the log is slower than who proposes.
+    let little = |config: &mut RaftConfig| (config.wal.queue_bytes, config.wal.batch_bytes) = (64 << 10, 1);
     let node = Node::start_with(dirs[0].path().to_owned(), NodeId(1), None, little);
     introduce(&[&node]);
     let group = node.group.clone();
     node.run(async move { group.bootstrap(&[NodeId(1)]).await.unwrap() });
     leader(&[&node]);
-    let value = "x".repeat(256 << 10);
-    let all: Vec<_> = (0..64).map(|register| (node.group.clone(), command(register, &value))).collect();
+    let value = "x".repeat(4 << 10);
+    let all: Vec<_> = (0..256).map(|register| (node.group.clone(), command(register, &value))).collect();
     let all = all.into_iter().map(|(group, command)| async move { group.propose(command).await });
     let answers = node.run(futures_util::future::join_all(all));
     assert_ne!(node.role(), Role::Stopped);
@@ -163,6 +164,23 @@ fn proposals_that_would_overfill_the_log_wait() {
         assert!(answer.is_ok(), "{answer:?}");
         assert_eq!(node.shared.writes(register), 1);
     }
+}
+
+#[test]
+fn a_leader_whose_state_machine_panics_makes_way() {
+    let dirs = dirs(3);
+    let nodes = three(&dirs);
+    let all: Vec<&Node> = nodes.iter().collect();
+    write(&all, 1, "one");
+    let at = leader(&all);
+    nodes[at].shared.panic_next();
+    assert_eq!(nodes[at].propose(2, "two"), Err(ProposeError::Unknown));
+    // Nothing more is proposed there: it must find out by itself, and its heartbeats must end.
+    until("it is reported as stopped", || (nodes[at].role() == Role::Stopped).then_some(()));
+    assert_eq!(nodes[at].count("replicas_ended"), 1);
+    let others: Vec<&Node> = all.iter().copied().filter(|node| node.id != nodes[at].id).collect();
+    assert_eq!(write(&others, 1, "three"), 2);
+    assert_eq!(others[leader(&others)].shared.value(2).unwrap(), "two", "it was logged");
 }
 
 #[test]
