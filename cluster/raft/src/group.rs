@@ -13,6 +13,7 @@ use openraft::errors::{ClientWriteError, ForwardReason};
 use openraft::impls::EmptyNode;
 use openraft::{ChangeMembers, ServerState};
 
+use crate::clock::Moment;
 use crate::command::{Answer, GroupId, LogCommand, LogPosition, NodeId};
 use crate::error::{ProposeError, RaftError};
 use crate::member::Member;
@@ -212,7 +213,7 @@ impl Group {
     /// Lets openraft's leader hear from a majority: it takes no proposal without, and knows nothing of heartbeats. One
     /// round for all that wait; none if there was one since `seen` was read.
     async fn renew(&self, seen: u64) -> Result<(), ()> {
-        let (member, begun) = (&self.member, Instant::now());
+        let (member, begun) = (&self.member, Moment::now());
         let mut failed = member.round.lock().await;
         if member.renewals.load(Ordering::Acquire) != seen {
             return Ok(());
@@ -224,7 +225,7 @@ impl Group {
         let outcome = member.replica.read_round(member.timing.election_min).await;
         match outcome {
             Ok(()) => drop(member.renewals.fetch_add(1, Ordering::Release)),
-            Err(()) => *failed = Some(Instant::now()),
+            Err(()) => *failed = Some(Moment::now()),
         }
         outcome
     }
@@ -247,7 +248,7 @@ impl Group {
             return Ok(ReadLease { leased: Some((member.clone(), leader)) });
         }
         self.require_leader()?;
-        let begun = Instant::now();
+        let begun = Moment::now();
         let mut failed = member.round.lock().await;
         if let Some(leader) = held_lease(member) {
             member.metrics.reads_by_lease.inc();
@@ -261,7 +262,7 @@ impl Group {
                 Ok(ReadLease { leased: None })
             }
             Err(()) => {
-                *failed = Some(Instant::now());
+                *failed = Some(Moment::now());
                 member.metrics.reads_refused.inc();
                 Err(ProposeError::NotLeader { leader: self.other_leader() })
             }
@@ -271,7 +272,7 @@ impl Group {
     /// One round to the followers: openraft's, which waits until everything committed before is applied, and then
     /// until a majority has really accepted a message sent since it began.
     async fn read_round(&self) -> Result<(), ()> {
-        let (member, begun) = (&self.member, Instant::now());
+        let (member, begun) = (&self.member, Moment::now());
         let limit = member.timing.election_min;
         member.replica.read_round(limit).await?;
         let is_heard =

@@ -6,7 +6,7 @@
 //!
 //! Modules in the order in which a proposal meets them: [`group`] → `places` → `rounds` → `replica` (openraft) → `log_store` →
 //! [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock, `promise` what
-//! followers owe their leader, `snapshot` moves whole states, `codec` holds the encodings, `types` openraft's parameters;
+//! followers owe their leader, both by `clock`, `snapshot` moves whole states, `codec` holds the encodings, `types` openraft's parameters;
 //! [`command`] and [`error`] are the vocabulary.
 
 pub mod command;
@@ -16,6 +16,7 @@ pub mod host;
 pub mod state_machine;
 pub mod wal;
 
+mod clock;
 mod codec;
 mod log_store;
 mod member;

@@ -5,12 +5,13 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{RaftMetrics, ServerState};
 use tokio::sync::mpsc;
 
+use crate::clock::Moment;
 use crate::command::{GroupId, NodeId};
 use crate::host::HostState;
 use crate::log_store::LogStore;
@@ -50,7 +51,7 @@ pub(crate) struct Member {
     pub(crate) timing: Timing,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) inbound: Inbound,
-    pub(crate) started: Instant,
+    pub(crate) started: Moment,
     pub(crate) promise: Promise,
     /// Requests of peers that were taken and have not been answered.
     pub(crate) unanswered: AtomicU32,
@@ -59,11 +60,11 @@ pub(crate) struct Member {
     /// Once other voters were added, a single voter's rule (no lease needed) never applies again in this run.
     pub(crate) has_grown: AtomicBool,
     /// One round at a time; the others wait for it and share its result. When one has failed last.
-    pub(crate) round: tokio::sync::Mutex<Option<Instant>>,
+    pub(crate) round: tokio::sync::Mutex<Option<Moment>>,
     /// Rounds that were made because openraft's leader had heard from nobody for a lease.
     pub(crate) renewals: AtomicU64,
     /// When this replica may stand for election again.
-    pub(crate) campaign_not_before: Mutex<Option<Instant>>,
+    pub(crate) campaign_not_before: Mutex<Option<Moment>>,
     pub(crate) checkpointing: tokio::sync::Mutex<()>,
     pub(crate) stopped: AtomicBool,
 }
@@ -90,7 +91,7 @@ impl Member {
             timing,
             metrics,
             inbound: Inbound::default(),
-            started: Instant::now(),
+            started: Moment::now(),
             promise,
             unanswered: AtomicU32::new(0),
             transferring: AtomicU64::new(u64::MAX),
@@ -104,9 +105,9 @@ impl Member {
     }
 
     /// The moment since which a majority has accepted the present leadership, as `raft` shows it.
-    pub(crate) fn quorum_heard(&self, raft: &RaftMetrics<TypeConfig>) -> Option<Instant> {
+    pub(crate) fn quorum_heard(&self, raft: &RaftMetrics<TypeConfig>) -> Option<Moment> {
         let configs = raft.membership_config.membership().get_joint_config();
-        self.acks.quorum(raft.vote.leader_id, self.node, configs, Instant::now())
+        self.acks.quorum(raft.vote.leader_id, self.node, configs, Moment::now())
     }
 
     /// Whether this replica leads and a majority has heard so within a lease. openraft asks this before it votes, but

@@ -17,8 +17,9 @@
 //! own.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::clock::Moment;
 use crate::command::NodeId;
 use crate::types::{LeaderId, Vote};
 
@@ -28,7 +29,7 @@ pub(crate) struct Promise(Mutex<State>);
 impl Promise {
     /// At the start, with the vote found on disk.
     pub(crate) fn new(lease: Duration, durable: Option<Vote>) -> Promise {
-        Promise(Mutex::new(State::new(lease, durable, Instant::now())))
+        Promise(Mutex::new(State::new(lease, durable, Moment::now())))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -43,12 +44,12 @@ impl Promise {
 
     /// The core accepted an append of `leader` (`matched`: and its log goes on from ours) that was begun at `begun`.
     pub(crate) fn accepted(&self, leader: LeaderId, matched: bool, begun: Campaigns) {
-        self.state().accepted(leader, matched, begun, Instant::now());
+        self.state().accepted(leader, matched, begun, Moment::now());
     }
 
     /// A heartbeat of `leader`. True renews the promise. `durable` reads the vote on disk.
     pub(crate) fn beat(&self, leader: LeaderId, durable: impl FnOnce() -> Option<Vote>) -> bool {
-        let now = Instant::now();
+        let now = Moment::now();
         let mut state = self.state();
         // Read under the lock: a vote that began and ended before it is on disk by now.
         let durable = durable();
@@ -57,12 +58,12 @@ impl Promise {
 
     /// Whether `candidate` may not even be told that it would get a vote.
     pub(crate) fn withholds(&self, candidate: NodeId) -> bool {
-        self.state().withholds(candidate, Instant::now())
+        self.state().withholds(candidate, Moment::now())
     }
 
     /// True lets a request for a vote into the core; [`Promise::vote_ended`] must follow its answer, and only that.
     pub(crate) fn vote_begins(&self, candidate: NodeId, handed_over: bool) -> bool {
-        self.state().vote_begins(candidate, handed_over, Instant::now())
+        self.state().vote_begins(candidate, handed_over, Moment::now())
     }
 
     /// The core has answered, and what it granted is on disk.
@@ -73,7 +74,7 @@ impl Promise {
     /// Lets `ask` tell the core to stand for election, unless the promise forbids it. True if it was asked.
     pub(crate) fn campaign(&self, me: NodeId, ask: impl FnOnce()) -> bool {
         let mut state = self.state();
-        let may = state.campaign(me, Instant::now());
+        let may = state.campaign(me, Moment::now());
         if may {
             // Under the lock: an append that is begun after it is behind it in the core's queue.
             ask();
@@ -82,13 +83,13 @@ impl Promise {
     }
 
     /// Until when a leader heard in this run is not to be doubted, if that lies ahead.
-    pub(crate) fn quiet_until(&self) -> Option<Instant> {
+    pub(crate) fn quiet_until(&self) -> Option<Moment> {
         let state = self.state();
-        Some(state.until).filter(|until| state.heard && *until > Instant::now())
+        Some(state.until).filter(|until| state.heard && *until > Moment::now())
     }
 
     /// When the promise to another node ends or ended; `None` if none is known.
-    pub(crate) fn to_others(&self, me: NodeId) -> Option<Instant> {
+    pub(crate) fn to_others(&self, me: NodeId) -> Option<Moment> {
         let state = self.state();
         state.leader.filter(|leader| leader.node_id != me.0).map(|_| state.until)
     }
@@ -104,7 +105,7 @@ struct State {
     /// The newest leader heard, or found on disk.
     leader: Option<LeaderId>,
     /// Until when nobody else gets a vote.
-    until: Instant,
+    until: Moment,
     /// A leader was heard in this run.
     heard: bool,
     /// The core follows `leader`, and no campaign was asked for since.
@@ -115,13 +116,13 @@ struct State {
 }
 
 impl State {
-    fn new(lease: Duration, durable: Option<Vote>, now: Instant) -> State {
+    fn new(lease: Duration, durable: Option<Vote>, now: Moment) -> State {
         let leader = durable.filter(|vote| vote.committed).map(|vote| vote.leader_id);
         let campaigns = Campaigns::default();
         State { lease, leader, until: now + lease, heard: false, follows: false, campaigns, votes: 0 }
     }
 
-    fn accepted(&mut self, leader: LeaderId, matched: bool, begun: Campaigns, now: Instant) {
+    fn accepted(&mut self, leader: LeaderId, matched: bool, begun: Campaigns, now: Moment) {
         // The answer to an older leader's message may be late: the promise to the newer one stands.
         if self.leader.is_some_and(|newest| rank(newest) > rank(leader)) {
             return;
@@ -135,7 +136,7 @@ impl State {
         self.follows |= matched && begun == self.campaigns;
     }
 
-    fn beat(&mut self, leader: LeaderId, durable: Option<Vote>, now: Instant) -> bool {
+    fn beat(&mut self, leader: LeaderId, durable: Option<Vote>, now: Moment) -> bool {
         let is_ours = self.leader == Some(leader) && self.follows && self.votes == 0;
         let is_durable = durable.is_some_and(|vote| vote.committed && vote.leader_id == leader);
         if is_ours && is_durable {
@@ -144,11 +145,11 @@ impl State {
         is_ours && is_durable
     }
 
-    fn withholds(&self, candidate: NodeId, now: Instant) -> bool {
+    fn withholds(&self, candidate: NodeId, now: Moment) -> bool {
         now < self.until && self.leader.is_some_and(|leader| leader.node_id != candidate.0)
     }
 
-    fn vote_begins(&mut self, candidate: NodeId, handed_over: bool, now: Instant) -> bool {
+    fn vote_begins(&mut self, candidate: NodeId, handed_over: bool, now: Moment) -> bool {
         if !handed_over && self.withholds(candidate, now) {
             return false;
         }
@@ -156,7 +157,7 @@ impl State {
         true
     }
 
-    fn campaign(&mut self, me: NodeId, now: Instant) -> bool {
+    fn campaign(&mut self, me: NodeId, now: Moment) -> bool {
         if self.withholds(me, now) {
             return false;
         }

@@ -12,13 +12,14 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver;
 use tokio::sync::Semaphore;
 
+use crate::clock::Moment;
 use crate::codec::message::Beat;
 use crate::command::NodeId;
 use crate::group::checkpoint;
@@ -44,7 +45,7 @@ const CHECKPOINTS_AT_ONCE: usize = 2;
 /// Runs until the host is dropped.
 pub(crate) async fn run(host: Weak<HostState>) {
     let Some(wake) = host.upgrade().map(|host| host.wake.clone()) else { return };
-    let now = Instant::now();
+    let now = Moment::now();
     let permits = Arc::new(Semaphore::new(CHECKPOINTS_AT_ONCE));
     let mut clock = Clock { next_heartbeat: now, next_checkpoint: now + CHECKPOINT_EVERY, permits };
     loop {
@@ -53,15 +54,15 @@ pub(crate) async fn run(host: Weak<HostState>) {
             None => return,
         };
         tokio::select! {
-            () = tokio::time::sleep_until(next.into()) => {}
+            () = tokio::time::sleep(next.since(Moment::now())) => {}
             () = wake.notified() => {}
         }
     }
 }
 
 struct Clock {
-    next_heartbeat: Instant,
-    next_checkpoint: Instant,
+    next_heartbeat: Moment,
+    next_checkpoint: Moment,
     permits: Arc<Semaphore>,
 }
 
@@ -70,9 +71,9 @@ type Followers = HashMap<NodeId, Vec<Led>>;
 
 impl Clock {
     /// Does what is due; returns when to come again.
-    fn turn(&mut self, host: &Arc<HostState>) -> Instant {
+    fn turn(&mut self, host: &Arc<HostState>) -> Moment {
         let members = host.members();
-        let now = Instant::now();
+        let now = Moment::now();
         let heartbeat = now >= self.next_heartbeat;
         if heartbeat {
             self.next_heartbeat = now + host.timing.heartbeat;
@@ -108,14 +109,14 @@ enum Look {
     Nothing,
     Leader,
     /// Nothing before this.
-    Later(Instant),
+    Later(Moment),
     Voter {
         voters: Vec<NodeId>,
         candidate: bool,
     },
 }
 
-fn look(member: &Member, now: Instant) -> Look {
+fn look(member: &Member, now: Moment) -> Look {
     // What is published of a core that panicked stays as it was.
     if !member.is_running() {
         return Look::Nothing;
@@ -161,7 +162,7 @@ fn add_followers(member: &Arc<Member>, followers: &mut Followers) -> bool {
 }
 
 /// Stands for election if it is time to.
-fn stand(host: &HostState, member: &Member, now: Instant, voters: &[NodeId], candidate: bool) {
+fn stand(host: &HostState, member: &Member, now: Moment, voters: &[NodeId], candidate: bool) {
     if voters == [member.node] {
         return stand_alone(member, now);
     }
@@ -179,7 +180,7 @@ fn stand(host: &HostState, member: &Member, now: Instant, voters: &[NodeId], can
     }
 }
 
-fn stand_alone(member: &Member, now: Instant) {
+fn stand_alone(member: &Member, now: Moment) {
     if may_retry(member, now) {
         set_retry(member, now + member.timing.election_min);
         campaign(member, false);
@@ -201,17 +202,17 @@ pub(crate) fn poke(member: &Member, what: impl Future<Output = ()>) {
     }
 }
 
-fn may_retry(member: &Member, now: Instant) -> bool {
+fn may_retry(member: &Member, now: Moment) -> bool {
     let not_before = *member.campaign_not_before.lock().unwrap_or_else(PoisonError::into_inner);
     not_before.is_none_or(|at| now >= at)
 }
 
-fn set_retry(member: &Member, at: Instant) {
+fn set_retry(member: &Member, at: Moment) {
     *member.campaign_not_before.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
 }
 
 /// When this replica may stand: when the lease it knows of has run out, in the group's order of preference.
-fn deadline(member: &Member, voters: &[NodeId]) -> Instant {
+fn deadline(member: &Member, voters: &[NodeId]) -> Moment {
     let step = RANK_STEP * rank(member, voters);
     match member.promise.to_others(member.node) {
         Some(end) => end + LEASE_SLACK + step,

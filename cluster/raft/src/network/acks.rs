@@ -7,10 +7,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use tokio::sync::Notify;
 
+use crate::clock::Moment;
 use crate::command::NodeId;
 use crate::types::LeaderId;
 
@@ -25,7 +25,7 @@ pub(crate) struct Acks {
 #[derive(Clone, Copy)]
 struct Heard {
     leader: LeaderId,
-    sent: Instant,
+    sent: Moment,
 }
 
 impl Acks {
@@ -35,7 +35,7 @@ impl Acks {
     }
 
     /// `peer` accepted a message of `leader` that was not sent before `sent`.
-    pub(crate) fn note(&self, peer: NodeId, leader: LeaderId, sent: Instant) {
+    pub(crate) fn note(&self, peer: NodeId, leader: LeaderId, sent: Moment) {
         let mut heard = self.heard();
         let newest = heard.entry(peer).or_insert(Heard { leader, sent });
         let rank = |leader: LeaderId| (leader.term, leader.node_id);
@@ -47,7 +47,7 @@ impl Acks {
     }
 
     /// Whether `peer` accepted a message of `leader` that was sent after `since`.
-    pub(crate) fn is_fresh(&self, peer: NodeId, leader: LeaderId, since: Instant) -> bool {
+    pub(crate) fn is_fresh(&self, peer: NodeId, leader: LeaderId, since: Moment) -> bool {
         self.heard().get(&peer).is_some_and(|heard| heard.leader == leader && heard.sent > since)
     }
 
@@ -59,8 +59,8 @@ impl Acks {
         leader: LeaderId,
         me: NodeId,
         configs: &[BTreeSet<u64>],
-        now: Instant,
-    ) -> Option<Instant> {
+        now: Moment,
+    ) -> Option<Moment> {
         if !configs.iter().any(|voters| voters.contains(&me.0)) {
             return None;
         }
@@ -70,7 +70,7 @@ impl Acks {
             node => heard.get(&node).filter(|heard| heard.leader == leader).map(|heard| heard.sent),
         };
         let of_config = |voters: &BTreeSet<u64>| {
-            let mut times: Vec<Instant> = voters.iter().filter_map(sent).collect();
+            let mut times: Vec<Moment> = voters.iter().filter_map(sent).collect();
             times.sort_unstable_by(|a, b| b.cmp(a));
             times.get(voters.len() / 2).copied()
         };
@@ -104,7 +104,7 @@ mod tests {
     #[test]
     fn a_majority_of_every_config_counts_and_only_for_this_leadership() {
         let acks = Acks::default();
-        let start = Instant::now();
+        let start = Moment::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let three: BTreeSet<u64> = [1, 2, 3].into();
         let quorum = |configs: &[BTreeSet<u64>], term| acks.quorum(leader(term), NodeId(1), configs, at(100));

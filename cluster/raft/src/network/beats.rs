@@ -8,9 +8,10 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::peers::Peer;
+use crate::clock::Moment;
 use crate::codec::message::{BEATS_MAX, Beat, Reply, Request};
 use crate::command::{GroupId, NodeId};
 use crate::member::Member;
@@ -34,8 +35,8 @@ pub(crate) async fn send(peer: Arc<Peer>, me: NodeId, led: Vec<Led>, limit: Dura
     let Ok(link) = peer.link().await else { return };
     for led in led.chunks(BEATS_MAX) {
         let beats = led.iter().map(|led| led.beat).collect();
-        let begun = Instant::now();
-        let lately = begun.checked_sub(HEARD_LATELY).unwrap_or(begun);
+        let begun = Moment::now();
+        let lately = begun.before(HEARD_LATELY);
         let reply = link.call(GroupId(0), Request::Beats { leader: me, beats }, limit).await;
         let refused: HashSet<GroupId> = match reply {
             Ok(Reply::Heard { refused }) => refused.into_iter().collect(),

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::acks::Acks;
 use super::peers::Link;
 use super::{broken, unexpected};
+use crate::clock::Moment;
 use crate::codec::message::{Reply, Request};
 use crate::command::{GroupId, NodeId};
 use crate::metrics::Metrics;
@@ -43,7 +44,7 @@ struct Sent {
     request: u64,
     /// Under which leadership, and a moment not after it was sent.
     leader: LeaderId,
-    begun: std::time::Instant,
+    begun: Moment,
     previous: Option<LogId>,
     last: Option<LogId>,
     bytes: usize,
@@ -185,7 +186,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Session<S> {
     }
 
     async fn send(&mut self, append: AppendRequest) -> Result<(), String> {
-        let (leader, begun) = (append.vote.leader_id, std::time::Instant::now());
+        let (leader, begun) = (append.vote.leader_id, Moment::now());
         let previous = append.prev_log_id;
         let last = append.entries.last().map(|entry| entry.log_id).or(previous);
         let bytes = append.entries.iter().map(command_bytes).sum();

@@ -18,7 +18,7 @@ fn committed(leader: LeaderId) -> Option<Vote> {
 }
 
 /// A replica that follows `leader(5, 1)` since `start`.
-fn follower(start: Instant) -> State {
+fn follower(start: Moment) -> State {
     let mut state = State::new(LEASE, None, start);
     let begun = state.campaigns;
     state.accepted(leader(5, 1), true, begun, start);
@@ -27,7 +27,7 @@ fn follower(start: Instant) -> State {
 
 #[test]
 fn a_beat_renews_the_promise_to_the_leader_on_disk_alone() {
-    let start = Instant::now();
+    let start = Moment::now();
     let at = |seconds| start + Duration::from_secs(seconds);
     let mut state = follower(start);
     assert!(!state.beat(leader(5, 1), None, at(1)), "no vote on disk");
@@ -43,7 +43,7 @@ fn a_beat_renews_the_promise_to_the_leader_on_disk_alone() {
 
 #[test]
 fn no_beat_is_accepted_while_a_vote_is_in_the_core() {
-    let start = Instant::now();
+    let start = Moment::now();
     let late = start + LEASE;
     let mut state = follower(start);
     assert!(!state.vote_begins(NodeId(2), false, start));
@@ -58,7 +58,7 @@ fn no_beat_is_accepted_while_a_vote_is_in_the_core() {
 
 #[test]
 fn a_campaign_ends_with_an_append_that_was_begun_after_it() {
-    let start = Instant::now();
+    let start = Moment::now();
     let late = start + LEASE;
     let mut state = follower(start);
     assert!(!state.campaign(NodeId(3), start), "the promise runs");
@@ -75,7 +75,7 @@ fn a_campaign_ends_with_an_append_that_was_begun_after_it() {
 
 #[test]
 fn a_late_answer_of_an_older_leader_changes_nothing() {
-    let start = Instant::now();
+    let start = Moment::now();
     let mut state = follower(start);
     state.accepted(leader(6, 2), true, Campaigns(0), start);
     state.accepted(leader(5, 1), true, Campaigns(0), start);
@@ -85,7 +85,7 @@ fn a_late_answer_of_an_older_leader_changes_nothing() {
 
 #[test]
 fn a_replica_that_starts_keeps_what_it_may_have_promised() {
-    let start = Instant::now();
+    let start = Moment::now();
     let mut state = State::new(LEASE, committed(leader(5, 1)), start);
     assert!(state.withholds(NodeId(2), start) && !state.withholds(NodeId(1), start));
     assert!(!state.withholds(NodeId(2), start + LEASE));
@@ -189,11 +189,11 @@ proptest! {
     /// After a beat of a leader was accepted, nobody else gets a vote on disk for the length of a lease.
     #[test]
     fn a_promise_given_to_a_beat_is_kept(events in events()) {
-        let mut now = Instant::now();
+        let mut now = Moment::now();
         let none = Vote { leader_id: leader(0, 0), committed: false };
         let mut state = State::new(LEASE, None, now);
         let mut core = Core { queue: VecDeque::new(), vote: none, standing: false, answered: Vec::new() };
-        let mut given: Vec<(u64, Instant)> = Vec::new();
+        let mut given: Vec<(u64, Moment)> = Vec::new();
         for event in events {
             let voted = match event {
                 Event::Append(term, node) => {
@@ -232,7 +232,7 @@ proptest! {
                     None
                 }
                 Event::Wait(seconds) => {
-                    now += Duration::from_secs(seconds);
+                    now = now + Duration::from_secs(seconds);
                     None
                 }
             };

@@ -63,11 +63,11 @@ async fn a_leader_whose_core_panics_is_silent_reads_nothing_and_says_that_it_has
     until("it leads", &group, |group| group.status().role == Role::Leader).await;
     group.propose(LogCommand::default()).await.expect("is answered");
     let lease = group.read_lease().await.expect("it leads");
-    assert!(matches!(look(&group.member, Instant::now()), Look::Leader));
+    assert!(matches!(look(&group.member, Moment::now()), Look::Leader));
 
     assert!(raft.with_raft_state(|_| -> () { panic!("the core dies here") }).await.is_err());
     until("it is reported as stopped", &group, |group| group.status().role == Role::Stopped).await;
-    assert!(matches!(look(&group.member, Instant::now()), Look::Nothing), "no heartbeat, no election");
+    assert!(matches!(look(&group.member, Moment::now()), Look::Nothing), "no heartbeat, no election");
     assert!(!lease.still_held());
     assert_eq!(group.read_lease().await.err(), Some(ProposeError::Stopped));
     assert_eq!(group.propose(LogCommand::default()).await, Err(ProposeError::Stopped));
