@@ -128,7 +128,7 @@ impl Chunkserver {
         format!("write-ahead log failed: {why}")
     }
 
-    /// Stops serving, steps down and syncs the log.
+    /// Stops serving, steps down, checkpoints the copysets for a bounded time and syncs the log.
     pub async fn shutdown(self) {
         self.stop.cancel();
         self.copysets.stop();

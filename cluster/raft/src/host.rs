@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use futures_util::{StreamExt, stream};
 use openraft::{Config, Raft, SnapshotPolicy};
 use prometheus_client::registry::Registry;
 use spline_wire::{Frame, FrameSender};
@@ -18,7 +19,7 @@ use tokio::sync::oneshot;
 use crate::codec::message::{ENTRIES_MAX, Request};
 use crate::command::{GroupId, NodeId};
 use crate::error::RaftError;
-use crate::group::Group;
+use crate::group::{Group, checkpoint};
 use crate::log_store::LogStore;
 use crate::member::{Member, Timing};
 use crate::metrics::Metrics;
@@ -42,6 +43,13 @@ const CAUGHT_UP_ENTRIES: u64 = 128;
 const QUEUE_MESSAGES: u64 = 8192;
 /// Steps of apply that may wait, each a hundred bytes: far more than a log's limit lets commit.
 const APPLIES_MAX: u64 = 1 << 18;
+
+/// How long a shutdown makes checkpoints at most: whoever waits for the end of a process does not wait much longer.
+const CHECKPOINTS_LIMIT: Duration = Duration::from_secs(5);
+/// Checkpoints that a shutdown makes at once: each syncs many files, and nothing else wants the disk.
+const CHECKPOINTS_AT_ONCE: usize = 8;
+/// A log past its checkpoint that is shorter than this is replayed sooner than a checkpoint is made.
+const REPLAYED_SOON_BYTES: u64 = 64 << 10;
 
 /// How a host runs. The three timings must be the same on all nodes of a group.
 #[derive(Clone, Debug)]
@@ -112,6 +120,22 @@ pub(crate) struct HostState {
 impl HostState {
     pub(crate) fn members(&self) -> Vec<Arc<Member>> {
         self.members.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Checkpoints what would take long to replay.
+    async fn checkpoint_all(&self, members: &[Arc<Member>]) {
+        let is_due = |member: &&Arc<Member>| {
+            let bytes = member.log.bytes_since_checkpoint();
+            member.is_running() && member.has_unsaved() && bytes >= REPLAYED_SOON_BYTES
+        };
+        let due = stream::iter(members.iter().filter(is_due));
+        let keep = self.checkpoint_log_bytes / 2;
+        due.for_each_concurrent(CHECKPOINTS_AT_ONCE, |member| async move {
+            if let Err(error) = checkpoint(member, keep).await {
+                tracing::warn!(group = %member.id, %error, "checkpoint was not made");
+            }
+        })
+        .await;
     }
 
     fn member(&self, id: GroupId) -> Option<Arc<Member>> {
@@ -315,7 +339,9 @@ impl RaftHost {
         self.0.wal.failed().await
     }
 
-    /// Stops all groups, writes out and closes the WAL.
+    /// Lets go of all groups, checkpoints them for a bounded time so that the next start replays little, stops them, writes
+    /// out and closes the WAL. The peers are refused from the beginning, and what is led here sends no heartbeat any more:
+    /// they elect others meanwhile.
     pub async fn shutdown(&self) {
         let host = &self.0;
         let _one = host.changing.lock().await;
@@ -326,6 +352,9 @@ impl RaftHost {
             .drain()
             .map(|(_, member)| member)
             .collect();
+        if tokio::time::timeout(CHECKPOINTS_LIMIT, host.checkpoint_all(&members)).await.is_err() {
+            tracing::warn!(limit = ?CHECKPOINTS_LIMIT, "checkpoints take too long, the next start replays the rest");
+        }
         futures_util::future::join_all(members.iter().map(|member| member.stop())).await;
         host.peers.close();
         let wal = host.wal.clone();

@@ -48,7 +48,7 @@ struct State {
     unsynced: VecDeque<(u64, u64)>,
     next_batch: u64,
     failed: bool,
-    /// Bytes appended since the group started, and what they were at some indexes.
+    /// Bytes found at the start and appended since, and what they were at some indexes.
     appended: u64,
     marks: VecDeque<(u64, u64)>,
     checkpointed: u64,
@@ -90,7 +90,7 @@ impl LogStore {
         self.state().last
     }
 
-    /// Bytes appended since the last checkpoint (of this run).
+    /// Bytes in the log past the last checkpoint, to the exactness of the marks: what a restart would replay.
     pub(crate) fn bytes_since_checkpoint(&self) -> u64 {
         let state = self.state();
         state.appended.saturating_sub(state.checkpointed)
@@ -169,7 +169,11 @@ fn recover(wal: &Wal, group: GroupId, found: &GroupLog) -> io::Result<State> {
         let entry = entry.ok_or_else(|| io::Error::other("the last entry of a log is missing"))?;
         last = Some(codec::decode_entry(entry.index, &entry.header, entry.command)?.log_id);
     }
-    Ok(State { vote, purged, last, ..State::default() })
+    let mut state = State { vote, purged, last, ..State::default() };
+    for (index, bytes) in wal.lengths(group) {
+        state.grow(index, bytes);
+    }
+    Ok(state)
 }
 
 async fn done(send: impl FnOnce(WalDone)) -> io::Result<()> {
@@ -300,9 +304,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 impl State {
     fn appended(&mut self, first: u64, last: LogId, bytes: u64) -> u64 {
         self.last = Some(last);
-        self.appended += bytes;
         self.next_batch += 1;
         self.unsynced.push_back((first, self.next_batch));
+        self.grow(last.index, bytes);
+        self.next_batch
+    }
+
+    /// The log has grown by `bytes`, up to `last`.
+    fn grow(&mut self, last: u64, bytes: u64) {
+        self.appended += bytes;
         let near = self.marks.len() >= 2 && {
             let before = self.marks[self.marks.len() - 2];
             self.appended - before.1 < MARK_BYTES
@@ -310,7 +320,6 @@ impl State {
         if near {
             self.marks.pop_back();
         }
-        self.marks.push_back((last.index, self.appended));
-        self.next_batch
+        self.marks.push_back((last, self.appended));
     }
 }

@@ -182,6 +182,12 @@ impl Member {
         !self.stopped.load(Ordering::Acquire) && self.raft.borrow_watched().running_state.is_ok()
     }
 
+    /// Whether anything was applied since the last checkpoint.
+    pub(crate) fn has_unsaved(&self) -> bool {
+        let raft = self.raft.borrow_watched();
+        raft.last_applied > raft.snapshot
+    }
+
     pub(crate) fn state(&self) -> ServerState {
         self.raft.borrow_watched().state
     }

@@ -233,7 +233,9 @@ fn start_checkpoints(host: &Arc<HostState>, members: &[Arc<Member>], permits: &A
     let pinning = host.wal.pinning();
     for member in members {
         let pins = pinning.contains(&member.id);
-        if !pins && member.log.bytes_since_checkpoint() < host.checkpoint_log_bytes {
+        let is_long = || member.log.bytes_since_checkpoint() >= host.checkpoint_log_bytes;
+        // After a start the log may be long before anything of it is applied.
+        if !pins && !(is_long() && member.has_unsaved()) {
             continue;
         }
         let Ok(permit) = permits.clone().try_acquire_owned() else { return };

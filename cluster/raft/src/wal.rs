@@ -177,6 +177,11 @@ impl Wal {
         self.open.shared.lock().groups.get(&group).map(|owner| owner.view.log())
     }
 
+    /// Index and bytes of each entry that the log holds of the group, in order.
+    pub fn lengths(&self, group: GroupId) -> Vec<(u64, u64)> {
+        self.open.shared.lock().groups.get(&group).map(|owner| owner.view.lengths()).unwrap_or_default()
+    }
+
     /// Groups whose unpurged entries keep the oldest segments in use while the log is longer than its limit: the caller
     /// checkpoints and purges them. Empty below the limit.
     pub fn pinning(&self) -> Vec<GroupId> {

@@ -46,6 +46,8 @@ pub(crate) struct Adapter<S> {
     log: LogStore,
     applied: Option<LogId>,
     membership: StoredMembership,
+    /// The last entry in the log at the start: what is applied up to there may have been applied before.
+    replay_until: Option<u64>,
     /// The durable checkpoint at the start.
     recovered: Option<SnapshotMeta>,
     /// False while openraft starts and only wants to know where the checkpoint is.
@@ -68,8 +70,23 @@ impl<S: StateMachine> Adapter<S> {
         let membership = codec::decode_membership(&last.membership)?;
         let applied = last.position.as_ref().map(log_id);
         let recovered = to_meta(&last)?;
+        if let Some(position) = &last.position {
+            log.checkpointed(position.index);
+        }
+        let replay_until = log.last().map(|last| last.index);
         let _alive = alive;
-        Ok(Adapter { group, machine, log, applied, membership, recovered, started, metrics, _alive })
+        Ok(Adapter {
+            group,
+            machine,
+            log,
+            applied,
+            membership,
+            replay_until,
+            recovered,
+            started,
+            metrics,
+            _alive,
+        })
     }
 
     /// A sink for a snapshot that a leader wants to send.
@@ -81,6 +98,8 @@ impl<S: StateMachine> Adapter<S> {
         let Some((last, _)) = batch.commands.last() else { return Ok(()) };
         self.log.wait_durable(last.index).await?;
         let count = batch.commands.len();
+        let replayed = batch.commands.partition_point(|(at, _)| Some(at.index) <= self.replay_until);
+        self.metrics.replayed.inc_by(replayed as u64);
         let answers = self.machine.apply(std::mem::take(&mut batch.commands)).await?;
         if answers.len() != count {
             return Err(io::Error::other("apply did not return one answer per command"));

@@ -83,6 +83,12 @@ impl View {
         }
     }
 
+    /// Index and bytes of every entry, in order.
+    pub(super) fn lengths(&self) -> Vec<(u64, u64)> {
+        let bytes = |slot: &Slot| slot.location.map_or(slot.cost(), |location| location.length.into());
+        (self.first..).zip(self.slots.iter().map(bytes)).collect()
+    }
+
     pub(super) fn slot(&self, index: u64) -> Option<&Slot> {
         self.slots.get(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }

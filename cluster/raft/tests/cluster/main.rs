@@ -4,6 +4,7 @@ mod machine;
 mod node;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use node::{Node, command, dirs, introduce, leader, three, until, write};
@@ -250,6 +251,55 @@ fn replay_after_a_checkpoint_is_idempotent() {
     leader(&[&node]);
     assert_eq!(node.shared.writes(1), 20);
     assert_eq!(write(&[&node], 1, "z"), 21);
+}
+
+/// What a quarter of these hosts' longest log past a checkpoint takes.
+const QUARTER: usize = 256 << 10;
+
+/// A host of its own group that checkpoints each MiB.
+fn alone(dir: &tempfile::TempDir, address: Option<SocketAddr>) -> Node {
+    let often = |config: &mut RaftConfig| config.checkpoint_log_bytes = 4 * QUARTER as u64;
+    let node = Node::start_with(dir.path().to_owned(), NodeId(1), address, often);
+    introduce(&[&node]);
+    let group = node.group.clone();
+    node.run(async move { group.bootstrap(&[NodeId(1)]).await.unwrap() });
+    leader(&[&node]);
+    node
+}
+
+#[test]
+fn restarts_in_a_row_do_not_make_the_replay_longer_and_longer() {
+    let dirs = dirs(1);
+    let (value, mut address) = ("x".repeat(QUARTER), None);
+    // Each run writes less than what makes a checkpoint due.
+    for run in 0..6 {
+        let node = alone(&dirs[0], address);
+        let replayed = node.count("replayed");
+        assert!(replayed <= 6, "run {run} replayed {replayed} writes");
+        for _ in 0..3 {
+            write(&[&node], 1, &value);
+        }
+        if replayed + 3 > 4 {
+            until("a checkpoint is made", || (node.count("checkpoints") > 0).then_some(()));
+        }
+        assert_eq!(node.shared.writes(1), 3 * (run + 1));
+        address = Some(node.kill());
+    }
+}
+
+#[test]
+fn a_shutdown_in_order_leaves_nothing_to_replay() {
+    let dirs = dirs(1);
+    let value = "x".repeat(QUARTER);
+    let node = alone(&dirs[0], None);
+    (0..3).for_each(|register| assert_eq!(write(&[&node], register, &value), 1));
+    let address = node.kill();
+    let node = alone(&dirs[0], Some(address));
+    assert_eq!(node.count("replayed"), 3, "after a crash all of it is");
+    let address = node.shut_down();
+    let node = alone(&dirs[0], Some(address));
+    assert_eq!(node.count("replayed"), 0);
+    assert!((0..3).all(|register| node.shared.writes(register) == 1));
 }
 
 #[test]

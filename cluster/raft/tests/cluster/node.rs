@@ -71,6 +71,13 @@ impl Node {
         address
     }
 
+    /// Ends the host in order.
+    pub(crate) fn shut_down(self) -> SocketAddr {
+        let host = self.host.clone();
+        self.run(async move { host.shutdown().await });
+        self.kill()
+    }
+
     pub(crate) fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
         self.runtime.as_ref().unwrap().block_on(work)
     }
