@@ -83,6 +83,11 @@ impl Committer {
                     self.roll(&mut state);
                     continue;
                 }
+                Pick::Again => {
+                    drop(state);
+                    state = shared.lock();
+                    continue;
+                }
                 Pick::Nothing => {}
             }
             if self.should_announce(&state) {
