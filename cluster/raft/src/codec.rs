@@ -82,6 +82,10 @@ impl Reader<'_> {
         }
     }
 
+    pub(crate) fn optional_leader(&mut self) -> Result<Option<LeaderId>, DecodeError> {
+        if self.flag("leader")? { self.leader().map(Some) } else { Ok(None) }
+    }
+
     fn leader(&mut self) -> Result<LeaderId, DecodeError> {
         Ok(LeaderId { term: self.u64("term")?, node_id: self.u64("node")? })
     }
@@ -124,9 +128,20 @@ impl Reader<'_> {
     }
 }
 
+fn put_leader(out: &mut BytesMut, leader: LeaderId) {
+    out.put_u64_le(leader.term);
+    out.put_u64_le(leader.node_id);
+}
+
+pub(crate) fn put_optional_leader(out: &mut BytesMut, leader: Option<LeaderId>) {
+    out.put_u8(leader.is_some().into());
+    if let Some(leader) = leader {
+        put_leader(out, leader);
+    }
+}
+
 pub(crate) fn put_log_id(out: &mut BytesMut, id: &LogId) {
-    out.put_u64_le(id.leader_id.term);
-    out.put_u64_le(id.leader_id.node_id);
+    put_leader(out, id.leader_id);
     out.put_u64_le(id.index);
 }
 

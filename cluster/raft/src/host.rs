@@ -28,6 +28,7 @@ use crate::network::intake::Intake;
 use crate::network::peers::Peers;
 use crate::network::{Factory, beats, receive};
 use crate::places::{self, Places};
+use crate::promise::Promise;
 use crate::pulse;
 use crate::replica::Replica;
 use crate::rounds::Flight;
@@ -147,6 +148,7 @@ impl HostState {
 pub(crate) struct Parts {
     log: LogStore,
     acks: Arc<Acks>,
+    promise: Arc<Promise>,
     /// Ends with the state machine.
     machine: oneshot::Receiver<Infallible>,
 }
@@ -164,20 +166,21 @@ impl HostState {
         let adapter = Adapter::new(id, machine, log.clone(), started.clone(), self.metrics.clone(), alive)?;
         let acks = Arc::<Acks>::default();
         let (peers, throttle) = (self.peers.clone(), self.throttle.clone());
-        let network = Factory { group: id, acks: acks.clone(), peers, throttle };
+        let promise = Arc::new(Promise::new(self.timing.lease, log.vote()));
+        let network = Factory { group: id, acks: acks.clone(), promise: promise.clone(), peers, throttle };
         let raft = Raft::new(self.node.0, self.openraft.clone(), network, log.clone(), adapter).await;
         let raft = raft.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         // Answered by the core once it has published what it recovered: the first status must show the members.
         raft.is_initialized().await.map_err(|fatal| RaftError::Stopped(fatal.to_string()))?;
         started.store(true, Ordering::Release);
-        Ok((raft, Parts { log, acks, machine: machine_gone }))
+        Ok((raft, Parts { log, acks, promise, machine: machine_gone }))
     }
 
     /// Makes a running replica known to the peers and to the clock, and watches over its end.
     pub(crate) fn enter(&self, id: GroupId, replica: Arc<dyn Replica>, parts: Parts) -> Group {
-        let Parts { log, acks, machine } = parts;
+        let Parts { log, acks, promise, machine } = parts;
         let core = replica.gone();
-        let member = Arc::new(Member::new(self, id, replica, log, acks));
+        let member = Arc::new(Member::new(self, id, replica, log, acks, promise));
         let watched = Arc::downgrade(&member);
         tokio::spawn(async move {
             tokio::select! {

@@ -21,7 +21,7 @@ use crate::promise::Promise;
 use crate::replica::Replica;
 use crate::rounds::{self, Proposal};
 use crate::snapshot::Inbound;
-use crate::types::{LeaderId, MetricsReceiver, TypeConfig, VoteRequest, VoteResponse};
+use crate::types::{LeaderId, MetricsReceiver, TransferRequest, TypeConfig, VoteRequest, VoteResponse};
 
 /// How elections and leases are timed; the same on all nodes.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +52,7 @@ pub(crate) struct Member {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) inbound: Inbound,
     pub(crate) started: Moment,
-    pub(crate) promise: Promise,
+    pub(crate) promise: Arc<Promise>,
     /// Requests of peers that were taken and have not been answered.
     pub(crate) unanswered: AtomicU32,
     /// The term in which leadership was handed away: its lease must not be used any more.
@@ -76,10 +76,10 @@ impl Member {
         replica: Arc<dyn Replica>,
         log: LogStore,
         acks: Arc<Acks>,
+        promise: Arc<Promise>,
     ) -> Member {
         let HostState { node, timing, metrics, flight, .. } = host;
         let (node, timing, metrics) = (*node, *timing, metrics.clone());
-        let promise = Promise::new(timing.lease, log.vote());
         Member {
             id,
             node,
@@ -137,6 +137,14 @@ impl Member {
         self.transferring.load(Ordering::Acquire) == term
     }
 
+    /// Takes a leader's request to this or another replica to take over. It has stopped reading under its lease.
+    pub(crate) async fn transfer(&self, request: TransferRequest) -> Result<(), String> {
+        let leader = request.from_leader().leader_id;
+        // Before the core hears of it: the requests for votes that it then makes name this leader.
+        self.promise.handed_over(leader);
+        self.replica.handle_transfer(request).await
+    }
+
     fn withheld(&self) -> String {
         self.metrics.votes_withheld.inc();
         format!("vote withheld while a leader has its lease, group={}", self.id)
@@ -147,13 +155,28 @@ impl Member {
         self.raft.borrow_watched().current_leader == Some(candidate.0) && candidate != self.node
     }
 
-    pub(crate) async fn vote(&self, mut request: VoteRequest) -> Result<VoteResponse, String> {
+    /// Whether `leader` is this replica's own leadership, and was handed away.
+    fn has_handed_over(&self, leader: LeaderId) -> bool {
+        let vote = self.raft.borrow_watched().vote;
+        vote.leader_id == leader && leader.node_id == self.node.0 && self.is_handing_over(leader.term)
+    }
+
+    /// Passes a request for a vote to the core if nothing is promised against it. `handed_over` is the leader in whose name
+    /// it is asked for: a lease of another leader stands in the way.
+    pub(crate) async fn vote(
+        &self,
+        mut request: VoteRequest,
+        handed_over: Option<LeaderId>,
+    ) -> Result<VoteResponse, String> {
         let candidate = NodeId(request.vote.leader_id.node_id);
-        let handed_over = request.leadership_transfer;
-        if (!handed_over && self.leads()) || !self.promise.vote_begins(candidate, handed_over) {
+        let from_here = handed_over.is_some_and(|leader| self.has_handed_over(leader));
+        if (!from_here && self.leads()) || !self.promise.vote_begins(candidate, handed_over) {
             return Err(self.withheld());
         }
-        request.leadership_transfer |= self.is_own_lease(candidate);
+        // openraft keeps leases of its own; they are of the leader that it follows.
+        let followed = self.raft.borrow_watched().vote;
+        let is_asked_for = followed.committed && handed_over == Some(followed.leader_id);
+        request.leadership_transfer = is_asked_for || self.is_own_lease(candidate);
         let answer = self.replica.vote(request).await;
         // Not if this task was dropped before: the core may still grant the vote.
         self.promise.vote_ended();

@@ -30,6 +30,7 @@ use openraft::raft::{SnapshotResponse, StreamAppendResult, TransferLeaderRespons
 
 use crate::codec::message::{Reply, Request};
 use crate::command::{GroupId, NodeId};
+use crate::promise::Promise;
 use crate::snapshot;
 use crate::state_machine::adapter::SnapshotData;
 use crate::types::{AppendRequest, RpcError, TransferRequest, TypeConfig, Vote, VoteRequest, VoteResponse};
@@ -43,6 +44,7 @@ const BACKOFF: Duration = Duration::from_millis(100);
 pub(crate) struct Factory {
     pub(crate) group: GroupId,
     pub(crate) acks: Arc<Acks>,
+    pub(crate) promise: Arc<Promise>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) throttle: Arc<snapshot::Throttle>,
 }
@@ -51,6 +53,7 @@ pub(crate) struct Factory {
 pub(crate) struct Client {
     group: GroupId,
     acks: Arc<Acks>,
+    promise: Arc<Promise>,
     peer: Arc<Peer>,
     peers: Arc<Peers>,
     throttle: Arc<snapshot::Throttle>,
@@ -63,6 +66,7 @@ impl RaftNetworkFactory<TypeConfig> for Factory {
         Client {
             group: self.group,
             acks: self.acks.clone(),
+            promise: self.promise.clone(),
             peer: self.peers.peer(NodeId(target)),
             peers: self.peers.clone(),
             throttle: self.throttle.clone(),
@@ -134,7 +138,9 @@ impl NetStreamAppend<TypeConfig> for Client {
 
 impl NetVote<TypeConfig> for Client {
     async fn vote(&mut self, rpc: VoteRequest, option: RPCOption) -> Result<VoteResponse, RpcError> {
-        self.ask_vote(Request::Vote(rpc), option.hard_ttl()).await
+        // openraft says that a leader asked for it, not which.
+        let handed_over = self.promise.released().filter(|_| rpc.leadership_transfer);
+        self.ask_vote(Request::Vote { request: rpc, handed_over }, option.hard_ttl()).await
     }
 
     async fn pre_vote(&mut self, rpc: VoteRequest, option: RPCOption) -> Result<VoteResponse, RpcError> {
@@ -178,6 +184,7 @@ impl NetSnapshot<TypeConfig> for Client {
 mod tests {
     use super::*;
     use crate::metrics::Metrics;
+    use crate::types::LeaderId;
     use prometheus_client::registry::Registry;
     use tokio::time::Instant;
 
@@ -185,7 +192,8 @@ mod tests {
     async fn a_peer_that_is_away_is_not_asked_again_at_once() {
         let peers = Arc::new(Peers::new(Arc::new(Metrics::register(&mut Registry::default()))));
         let throttle = Arc::new(snapshot::Throttle::new(0));
-        let mut factory = Factory { group: GroupId(1), acks: Arc::default(), peers, throttle };
+        let promise = Arc::new(Promise::new(BACKOFF, None));
+        let mut factory = Factory { group: GroupId(1), acks: Arc::default(), promise, peers, throttle };
         let mut client = factory.new_client(2, &EmptyNode::new()).await;
         let begun = Instant::now();
         for _ in 0..10 {
@@ -194,5 +202,45 @@ mod tests {
             assert!(matches!(outcome.err(), Some(RpcError::Unreachable(_))));
         }
         assert!(begun.elapsed() >= 10 * BACKOFF, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_request_for_a_vote_names_the_leader_that_handed_over() {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+        let peers = Arc::new(Peers::new(Arc::new(Metrics::register(&mut Registry::default()))));
+        peers.set_addresses([(NodeId(2), listener.local_addr().expect("bound"))].into());
+        let (promise, throttle) =
+            (Arc::new(Promise::new(BACKOFF, None)), Arc::new(snapshot::Throttle::new(0)));
+        let leader = LeaderId { term: 5, node_id: 3 };
+        promise.handed_over(leader);
+        let mut factory = Factory { group: GroupId(1), acks: Arc::default(), promise, peers, throttle };
+        let mut client = factory.new_client(2, &EmptyNode::new()).await;
+        let limit = Duration::from_secs(20);
+        let vote = Vote { leader_id: LeaderId { term: 6, node_id: 1 }, committed: false };
+        let peer = async {
+            let (stream, _) = listener.accept().await.expect("the client connects");
+            let (sender, mut receiver) = spline_wire::accept(stream, limit).await.expect("greets");
+            let mut named = Vec::new();
+            while named.len() < 2 {
+                let frame = receiver.next().await.expect("sound").expect("open");
+                let number = frame.request;
+                match Request::from_frame(frame) {
+                    Ok((_, Request::Vote { handed_over, .. })) => named.push(handed_over),
+                    other => panic!("not a request for a vote: {other:?}"),
+                }
+                let granted = VoteResponse { vote, vote_granted: true, last_log_id: None };
+                assert!(sender.send(Reply::Voted(granted).into_frame(number)).await.is_ok());
+            }
+            named
+        };
+        let ask = async {
+            for leadership_transfer in [true, false] {
+                let mut request = VoteRequest::new(vote, None);
+                request.leadership_transfer = leadership_transfer;
+                client.vote(request, RPCOption::new(limit)).await.expect("is answered");
+            }
+        };
+        let (named, ()) = tokio::join!(peer, ask);
+        assert_eq!(named, [Some(leader), None]);
     }
 }

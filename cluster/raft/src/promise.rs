@@ -11,8 +11,9 @@
 //! - no campaign of this node may be under way: none was asked for since an append of the leader was accepted that was
 //!   handed to the core after it. (Accepting an append ends a campaign; the core takes its messages in order.)
 //!
-//! A vote that a leader asks for by handing its leadership on breaks the promise: that leader has stopped reading under
-//! it before it asked. A restart forgets everything here: a replica that finds itself committed to a leader on disk
+//! A leader that hands its leadership on has stopped reading under the promise before it says so, for good as far as its
+//! term goes. A vote that is asked for in its name breaks the promise to it, however late the request comes, and the
+//! promise to no other. A restart forgets everything here: a replica that finds itself committed to a leader on disk
 //! starts as if it had heard that leader just now. The leader itself may be elected again at any time: the lease is its
 //! own.
 
@@ -62,8 +63,20 @@ impl Promise {
     }
 
     /// True lets a request for a vote into the core; [`Promise::vote_ended`] must follow its answer, and only that.
-    pub(crate) fn vote_begins(&self, candidate: NodeId, handed_over: bool) -> bool {
+    /// `handed_over` is the leader in whose name it is asked for.
+    pub(crate) fn vote_begins(&self, candidate: NodeId, handed_over: Option<LeaderId>) -> bool {
         self.state().vote_begins(candidate, handed_over, Moment::now())
+    }
+
+    /// `leader` said that it hands its leadership over, to this replica or to another: no vote is kept back for it any more.
+    /// This node still does not stand for election of its own accord: the one that was chosen comes first.
+    pub(crate) fn handed_over(&self, leader: LeaderId) {
+        self.state().released = Some(leader);
+    }
+
+    /// The leader that was last heard to hand its leadership over.
+    pub(crate) fn released(&self) -> Option<LeaderId> {
+        self.state().released
     }
 
     /// The core has answered, and what it granted is on disk.
@@ -111,6 +124,8 @@ struct State {
     /// The core follows `leader`, and no campaign was asked for since.
     follows: bool,
     campaigns: Campaigns,
+    /// The leader that was last heard to hand its leadership over.
+    released: Option<LeaderId>,
     /// Requests for votes that the core has not answered.
     votes: u64,
 }
@@ -119,7 +134,16 @@ impl State {
     fn new(lease: Duration, durable: Option<Vote>, now: Moment) -> State {
         let leader = durable.filter(|vote| vote.committed).map(|vote| vote.leader_id);
         let campaigns = Campaigns::default();
-        State { lease, leader, until: now + lease, heard: false, follows: false, campaigns, votes: 0 }
+        State {
+            lease,
+            leader,
+            until: now + lease,
+            heard: false,
+            follows: false,
+            campaigns,
+            released: None,
+            votes: 0,
+        }
     }
 
     fn accepted(&mut self, leader: LeaderId, matched: bool, begun: Campaigns, now: Moment) {
@@ -149,8 +173,9 @@ impl State {
         now < self.until && self.leader.is_some_and(|leader| leader.node_id != candidate.0)
     }
 
-    fn vote_begins(&mut self, candidate: NodeId, handed_over: bool, now: Moment) -> bool {
-        if !handed_over && self.withholds(candidate, now) {
+    fn vote_begins(&mut self, candidate: NodeId, handed_over: Option<LeaderId>, now: Moment) -> bool {
+        let is_free = self.leader.is_some() && [handed_over, self.released].contains(&self.leader);
+        if !is_free && self.withholds(candidate, now) {
             return false;
         }
         self.votes += 1;

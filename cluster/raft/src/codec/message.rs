@@ -2,7 +2,8 @@
 //!
 //! Called by `network`. A message is the meta of a `RaftRequest` or `RaftReply` frame; bulk bytes are its payload.
 //! Request: version u8 | message u8 | group u32 | body. Reply: version u8 | reply u8 | body. Beats' body: leader u64; its
-//! payload: beats; the answer's payload: groups u32 …; its group is 0 and means nothing. Append's body: vote |
+//! payload: beats; the answer's payload: groups u32 …; its group is 0 and means nothing. Vote's body: vote | optional last
+//! position | optional leader; pre-vote's the first two of these. Append's body: vote |
 //! optional previous position | optional commit | headers' bytes u32 | entries u32 { header u32 | meta u32 | payload
 //! u32 } …; its payload: all entry headers, then all command metas, then the command payloads, each in order.
 
@@ -10,14 +11,18 @@ use bytes::{BufMut, Bytes, BytesMut};
 use spline_wire::{Frame, Kind};
 
 use super::{
-    DecodeError, Reader, decode_entry, encode_entry, put_optional_log_id, put_stored, put_vote, stored,
+    DecodeError, Reader, decode_entry, encode_entry, put_optional_leader, put_optional_log_id, put_stored,
+    put_vote, stored,
 };
 use crate::command::{GroupId, LogCommand, NodeId};
-use crate::types::{AppendRequest, Entry, SnapshotMeta, TransferRequest, Vote, VoteRequest, VoteResponse};
+use crate::types::{
+    AppendRequest, Entry, LeaderId, SnapshotMeta, TransferRequest, Vote, VoteRequest, VoteResponse,
+};
 
 /// Versions of the peer messages, newest first.
+/// - 2: a request for a vote names the leader that handed its leadership over, if one did.
 /// - 1: the first.
-pub(crate) const MESSAGE_VERSION: u8 = 1;
+pub(crate) const MESSAGE_VERSION: u8 = 2;
 
 /// Most entries of one append message: the table of its meta stays far below the frame's 64 KiB (`bounded`).
 pub(crate) const ENTRIES_MAX: u64 = 1024;
@@ -43,13 +48,31 @@ pub(crate) struct Beat {
 #[derive(Clone, Debug)]
 pub(crate) enum Request {
     Append(AppendRequest),
-    Vote(VoteRequest),
+    /// `handed_over` is the leader that asked for it by handing its leadership over; openraft's own mark is not sent.
+    Vote {
+        request: VoteRequest,
+        handed_over: Option<LeaderId>,
+    },
     PreVote(VoteRequest),
     Transfer(TransferRequest),
-    SnapshotBegin { vote: Vote, session: u64, meta: SnapshotMeta, manifest: Bytes },
-    SnapshotItem { session: u64, item: u32, data: Bytes },
-    SnapshotFinish { session: u64 },
-    Beats { leader: NodeId, beats: Vec<Beat> },
+    SnapshotBegin {
+        vote: Vote,
+        session: u64,
+        meta: SnapshotMeta,
+        manifest: Bytes,
+    },
+    SnapshotItem {
+        session: u64,
+        item: u32,
+        data: Bytes,
+    },
+    SnapshotFinish {
+        session: u64,
+    },
+    Beats {
+        leader: NodeId,
+        beats: Vec<Beat>,
+    },
 }
 
 /// A peer's answer.
@@ -87,11 +110,11 @@ impl Request {
         let mut payload = Vec::new();
         match self {
             Request::Append(append) => put_append(&mut meta, &mut payload, append),
-            Request::Vote(vote) | Request::PreVote(vote) => {
-                put_vote(&mut meta, &vote.vote);
-                put_optional_log_id(&mut meta, vote.last_log_id.as_ref());
-                meta.put_u8(vote.leadership_transfer.into());
+            Request::Vote { request, handed_over } => {
+                put_candidacy(&mut meta, &request);
+                put_optional_leader(&mut meta, handed_over);
             }
+            Request::PreVote(request) => put_candidacy(&mut meta, &request),
             Request::Transfer(transfer) => {
                 put_vote(&mut meta, transfer.from_leader());
                 meta.put_u64_le(*transfer.to_node_id());
@@ -127,7 +150,7 @@ impl Request {
     fn number(&self) -> u8 {
         match self {
             Request::Append(_) => 1,
-            Request::Vote(_) => 2,
+            Request::Vote { .. } => 2,
             Request::PreVote(_) => 3,
             Request::Transfer(_) => 4,
             Request::SnapshotBegin { .. } => 5,
@@ -147,8 +170,11 @@ impl Request {
         let payload = frame.into_payload();
         let request = match number {
             1 => Request::Append(append(&mut reader, payload)?),
-            2 => Request::Vote(vote_request(&mut reader)?),
-            3 => Request::PreVote(vote_request(&mut reader)?),
+            2 => {
+                let request = candidacy(&mut reader)?;
+                Request::Vote { request, handed_over: reader.optional_leader()? }
+            }
+            3 => Request::PreVote(candidacy(&mut reader)?),
             4 => {
                 let (vote, to) = (reader.vote()?, reader.u64("target")?);
                 Request::Transfer(TransferRequest::new(vote, to, reader.optional_log_id()?))
@@ -197,10 +223,13 @@ fn numbers(payload: &[u8], what: &'static str, most: usize) -> Result<Vec<u32>, 
     Ok(payload.chunks_exact(4).map(number).collect())
 }
 
-fn vote_request(reader: &mut Reader<'_>) -> Result<VoteRequest, DecodeError> {
-    let mut request = VoteRequest::new(reader.vote()?, reader.optional_log_id()?);
-    request.leadership_transfer = reader.flag("transfer")?;
-    Ok(request)
+fn put_candidacy(meta: &mut BytesMut, request: &VoteRequest) {
+    put_vote(meta, &request.vote);
+    put_optional_log_id(meta, request.last_log_id.as_ref());
+}
+
+fn candidacy(reader: &mut Reader<'_>) -> Result<VoteRequest, DecodeError> {
+    Ok(VoteRequest::new(reader.vote()?, reader.optional_log_id()?))
 }
 
 fn put_append(meta: &mut BytesMut, payload: &mut Vec<Bytes>, append: AppendRequest) {

@@ -69,7 +69,7 @@ fn append() -> AppendRequest {
 fn golden_append() {
     let frame = Request::Append(append()).into_frame(GroupId(7), 3);
     assert_eq!((frame.kind, frame.request), (Kind::RaftRequest, 3));
-    let head = format!("0101{}{}{}01", le4(7), le(5), le(2));
+    let head = format!("0201{}{}{}01", le4(7), le(5), le(2));
     let positions = format!("01{}{}{}00", le(4), le(1), le(8));
     let table = [le(9), le4(1), le4(18), le4(2), le4(3)].concat();
     assert_eq!(hex(&frame.meta), head + &positions + &table);
@@ -79,23 +79,29 @@ fn golden_append() {
 
 #[test]
 fn golden_vote_messages() {
-    let request = Request::Vote(VoteRequest::new(vote(6, 3), Some(id(5, 2, 9)))).into_frame(GroupId(7), 1);
-    let golden = format!("0102{}{}{}0101{}{}{}00", le4(7), le(6), le(3), le(5), le(2), le(9));
-    assert_eq!(hex(&request.meta), golden);
+    let request = VoteRequest::new(vote(6, 3), Some(id(5, 2, 9)));
+    let candidacy = format!("{}{}{}0101{}{}{}", le4(7), le(6), le(3), le(5), le(2), le(9));
+    let frame = Request::PreVote(request.clone()).into_frame(GroupId(7), 1);
+    assert_eq!(hex(&frame.meta), format!("0203{candidacy}"));
+    let frame = Request::Vote { request: request.clone(), handed_over: None }.into_frame(GroupId(7), 1);
+    assert_eq!(hex(&frame.meta), format!("0202{candidacy}00"));
+    let handed_over = Some(LeaderId { term: 5, node_id: 2 });
+    let frame = Request::Vote { request, handed_over }.into_frame(GroupId(7), 1);
+    assert_eq!(hex(&frame.meta), format!("0202{candidacy}01{}{}", le(5), le(2)));
     let response = VoteResponse { vote: vote(6, 3), vote_granted: true, last_log_id: None };
     let reply = Reply::Voted(response).into_frame(1);
-    assert_eq!(hex(&reply.meta), format!("0104{}{}010100", le(6), le(3)));
+    assert_eq!(hex(&reply.meta), format!("0204{}{}010100", le(6), le(3)));
 }
 
 #[test]
 fn golden_beats() {
     let request = Request::Beats { leader: NodeId(2), beats: vec![beat(7, 5, 0), beat(9, 6, 300)] };
     let frame = request.into_frame(GroupId(0), 1);
-    assert_eq!(hex(&frame.meta), format!("0108{}{}", le4(0), le(2)));
+    assert_eq!(hex(&frame.meta), format!("0208{}{}", le4(0), le(2)));
     let beats = [le4(7), le(5), le(0), le4(9), le(6), le(300)].concat();
     assert_eq!(hex(&frame.into_payload()), beats);
     let reply = Reply::Heard { refused: vec![GroupId(7)] }.into_frame(1);
-    assert_eq!((hex(&reply.meta), hex(&reply.into_payload())), ("010a".to_owned(), le4(7)));
+    assert_eq!((hex(&reply.meta), hex(&reply.into_payload())), ("020a".to_owned(), le4(7)));
 }
 
 fn beat(group: u32, term: u64, committed: u64) -> Beat {
@@ -110,7 +116,10 @@ fn requests() -> Vec<Request> {
     let manifest = Bytes::from_static(b"manifest");
     vec![
         Request::Append(append()),
-        Request::Vote(VoteRequest::new(vote(6, 3), None)),
+        Request::Vote {
+            request: VoteRequest::new(vote(6, 3), None),
+            handed_over: Some(vote(5, 2).leader_id),
+        },
         Request::PreVote(VoteRequest::new(vote(6, 3), Some(id(5, 2, 9)))),
         Request::Transfer(TransferRequest::new(vote(6, 3), 2, Some(id(5, 2, 9)))),
         Request::SnapshotBegin { vote: vote(6, 3), session: 77, meta, manifest },

@@ -75,9 +75,11 @@ async fn carry_out(member: &Arc<Member>, request: Request) -> Reply {
                 Err(reason) => Reply::Refused(reason),
             }
         }
-        Request::Vote(vote) => member.vote(vote).await.map_or_else(Reply::Refused, Reply::Voted),
+        Request::Vote { request, handed_over } => {
+            member.vote(request, handed_over).await.map_or_else(Reply::Refused, Reply::Voted)
+        }
         Request::PreVote(vote) => member.pre_vote(vote).await.map_or_else(Reply::Refused, Reply::Voted),
-        Request::Transfer(transfer) => match member.replica.handle_transfer(transfer).await {
+        Request::Transfer(transfer) => match member.transfer(transfer).await {
             Ok(()) => Reply::TransferTaken,
             Err(reason) => Reply::Refused(reason),
         },

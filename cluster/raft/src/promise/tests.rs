@@ -46,14 +46,30 @@ fn no_beat_is_accepted_while_a_vote_is_in_the_core() {
     let start = Moment::now();
     let late = start + LEASE;
     let mut state = follower(start);
-    assert!(!state.vote_begins(NodeId(2), false, start));
-    assert!(state.vote_begins(NodeId(2), false, late));
+    assert!(!state.vote_begins(NodeId(2), None, start));
+    assert!(state.vote_begins(NodeId(2), None, late));
     assert!(!state.beat(leader(5, 1), committed(leader(5, 1)), late), "it may be granted");
     state.votes -= 1;
     assert!(state.beat(leader(5, 1), committed(leader(5, 1)), late), "it was not granted");
-    assert!(!state.vote_begins(NodeId(2), false, late));
-    assert!(state.vote_begins(NodeId(2), true, late), "the leader hands over");
+    assert!(!state.vote_begins(NodeId(2), None, late));
+    assert!(state.vote_begins(NodeId(2), Some(leader(5, 1)), late), "the leader hands over");
     assert!(!state.beat(leader(5, 1), committed(leader(5, 1)), late));
+}
+
+#[test]
+fn a_handing_over_breaks_the_promise_to_that_leader_alone() {
+    let start = Moment::now();
+    let mut state = follower(start);
+    // Late requests in the name of an earlier leader, of one of the same term, and of one not heard of.
+    for other in [leader(4, 1), leader(5, 2), leader(6, 2)] {
+        assert!(!state.vote_begins(NodeId(3), Some(other), start), "{other:?}");
+        state.released = Some(other);
+        assert!(!state.vote_begins(NodeId(3), None, start), "{other:?}");
+    }
+    assert!(state.clone().vote_begins(NodeId(3), Some(leader(5, 1)), start));
+    state.released = Some(leader(5, 1));
+    assert!(state.vote_begins(NodeId(3), None, start));
+    assert!(!state.campaign(NodeId(3), start), "the one that was chosen comes first");
 }
 
 #[test]
@@ -99,7 +115,7 @@ fn a_replica_that_starts_keeps_what_it_may_have_promised() {
 #[derive(Clone, Copy, Debug)]
 enum Message {
     Append { leader: LeaderId, begun: Campaigns },
-    Vote { candidate: LeaderId },
+    Vote { candidate: LeaderId, handed_over: Option<LeaderId> },
     Campaign,
 }
 
@@ -116,8 +132,8 @@ struct Core {
 const ME: u64 = 3;
 
 impl Core {
-    /// Takes one message. Returns the node that got a vote on disk, if one did.
-    fn step(&mut self) -> Option<u64> {
+    /// Takes one message. Returns the node that got a vote on disk, if one did, and the leader that handed over to it.
+    fn step(&mut self) -> Option<(u64, Option<LeaderId>)> {
         let message = self.queue.pop_front()?;
         match message {
             Message::Append { leader, .. } => {
@@ -129,13 +145,13 @@ impl Core {
                 }
                 None
             }
-            Message::Vote { candidate } => {
+            Message::Vote { candidate, handed_over } => {
                 let granted = rank(candidate) > rank(self.vote.leader_id);
                 if granted {
                     (self.vote, self.standing) = (Vote { leader_id: candidate, committed: false }, false);
                 }
                 self.answered.push(message);
-                granted.then_some(candidate.node_id)
+                granted.then_some((candidate.node_id, handed_over))
             }
             Message::Campaign => {
                 self.standing = true;
@@ -145,12 +161,12 @@ impl Core {
     }
 
     /// The pre-votes are in: this node votes for itself.
-    fn win(&mut self) -> Option<u64> {
+    fn win(&mut self) -> Option<(u64, Option<LeaderId>)> {
         let won = std::mem::take(&mut self.standing);
         if won {
             self.vote = Vote { leader_id: leader(self.vote.leader_id.term + 1, ME), committed: false };
         }
-        won.then_some(ME)
+        won.then_some((ME, None))
     }
 }
 
@@ -158,7 +174,7 @@ impl Core {
 enum Event {
     Append(u64, u64),
     Beat(u64, u64),
-    AskVote(u64, u64),
+    AskVote(u64, u64, Option<(u64, u64)>),
     Campaign,
     Core,
     Win,
@@ -172,7 +188,8 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         leaders().prop_map(|(term, node)| Event::Append(term, node)),
         leaders().prop_map(|(term, node)| Event::Beat(term, node)),
         leaders().prop_map(|(term, node)| Event::Beat(term, node)),
-        (1..5u64, 1..3u64).prop_map(|(term, node)| Event::AskVote(term, node)),
+        (1..5u64, 1..3u64, proptest::option::of(leaders()))
+            .prop_map(|(term, node, by)| Event::AskVote(term, node, by)),
         Just(Event::Campaign),
         Just(Event::Core),
         Just(Event::Core),
@@ -186,14 +203,15 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// After a beat of a leader was accepted, nobody else gets a vote on disk for the length of a lease.
+    /// After a beat of a leader was accepted, nobody else gets a vote on disk for the length of a lease, unless that leader
+    /// hands over.
     #[test]
     fn a_promise_given_to_a_beat_is_kept(events in events()) {
         let mut now = Moment::now();
         let none = Vote { leader_id: leader(0, 0), committed: false };
         let mut state = State::new(LEASE, None, now);
         let mut core = Core { queue: VecDeque::new(), vote: none, standing: false, answered: Vec::new() };
-        let mut given: Vec<(u64, Moment)> = Vec::new();
+        let mut given: Vec<(LeaderId, Moment)> = Vec::new();
         for event in events {
             let voted = match event {
                 Event::Append(term, node) => {
@@ -203,13 +221,14 @@ proptest! {
                 Event::Beat(term, node) => {
                     if state.beat(leader(term, node), Some(core.vote), now) {
                         prop_assert_eq!(core.vote, Vote { leader_id: leader(term, node), committed: true });
-                        given.push((node, now + LEASE));
+                        given.push((leader(term, node), now + LEASE));
                     }
                     None
                 }
-                Event::AskVote(term, node) => {
-                    if state.vote_begins(NodeId(node), false, now) {
-                        core.queue.push_back(Message::Vote { candidate: leader(term, node) });
+                Event::AskVote(term, node, by) => {
+                    let handed_over = by.map(|(term, node)| leader(term, node));
+                    if state.vote_begins(NodeId(node), handed_over, now) {
+                        core.queue.push_back(Message::Vote { candidate: leader(term, node), handed_over });
                     }
                     None
                 }
@@ -236,9 +255,10 @@ proptest! {
                     None
                 }
             };
-            if let Some(candidate) = voted {
+            if let Some((candidate, handed_over)) = voted {
                 for (to, until) in &given {
-                    prop_assert!(candidate == *to || now >= *until, "{candidate} got a vote promised to {to}");
+                    let is_free = candidate == to.node_id || handed_over == Some(*to) || now >= *until;
+                    prop_assert!(is_free, "{candidate} got a vote promised to {to:?}");
                 }
             }
         }
