@@ -1,7 +1,8 @@
 //! Sessions by volume name: opened by the first link, shared by its links, closed a grace after the last.
 //!
 //! Called by links, the service and the gateway's shutdown. Each name has a slot whose lock is held while its volume
-//! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others.
+//! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others. It is not held while
+//! the metadata server is asked about a session that is open: links that resume it need no answer.
 
 use crate::admission::Admission;
 use crate::engine::{Engine, OpenError, Opener, Wanted, replaced};
@@ -104,16 +105,16 @@ impl Registry {
         instance: InstanceId,
         socket: &Arc<OwnedFd>,
     ) -> Result<Membership, OpenError> {
+        // Another gateway may have taken the volume, and this one not have heard of it: a link that begins must not join what
+        // is over. One that resumes goes on as it was, with the metadata server away too.
+        if wanted.resumes.is_none() {
+            prove(slot).await?;
+        }
         let mut session = slot.lock().await;
         if self.leaving.is_cancelled() {
             return Err(OpenError::Unavailable("this gateway leaves; try again".to_owned()));
         }
         if let Some(open) = session.as_ref() {
-            // Another gateway may have taken the volume, and this one not have heard of it: a link that begins must not
-            // join what is over. One that resumes goes on as it was, with the metadata server away too.
-            if wanted.resumes.is_none() && !open.is_lost() {
-                open.engine.prove().await?;
-            }
             let stale = open.is_lost() || open.leaving.is_cancelled();
             // A session for reading only makes room for a writer when nobody uses it any more.
             let too_narrow = open.engine.traits().read_only && !wanted.read_only && open.links() == 0;
@@ -202,6 +203,16 @@ impl Registry {
     pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
         let slots: Vec<Arc<Slot>> = self.slots().values().cloned().collect();
         slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone()).collect()
+    }
+}
+
+/// Makes sure that the session in a slot, if there is one, is still the newest. It is asked without the slot's lock: what is
+/// lost is seen under the lock, and a session that is in the slot by then instead was opened meanwhile, so it needs no proof.
+async fn prove(slot: &Slot) -> Result<(), OpenError> {
+    let open = slot.lock().await.clone();
+    match open.filter(|open| !open.is_lost()) {
+        Some(open) => open.engine.prove().await,
+        None => Ok(()),
     }
 }
 

@@ -254,6 +254,8 @@ struct Gated {
     standing: watch::Sender<Standing>,
     /// Another gateway has the volume, which only the proof finds out; the next open takes it back.
     over: Arc<AtomicBool>,
+    /// One permit lets one proof end, without one the metadata server is away.
+    proofs: Arc<Semaphore>,
 }
 
 impl Engine for Gated {
@@ -279,10 +281,14 @@ impl Engine for Gated {
     }
 
     fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>> {
-        if self.over.load(Ordering::Acquire) {
-            self.standing.send_modify(|now| now.lost = true);
-        }
-        Box::pin(std::future::ready(Ok(())))
+        Box::pin(async {
+            self.log.lock().expect("unpoisoned").push(("prove", 0));
+            self.proofs.acquire().await.expect("open").forget();
+            if self.over.load(Ordering::Acquire) {
+                self.standing.send_modify(|now| now.lost = true);
+            }
+            Ok(())
+        })
     }
 
     fn standing(&self) -> watch::Receiver<Standing> {
@@ -311,12 +317,12 @@ struct One(Arc<Gated>);
 impl Opener for One {
     fn open<'a>(&'a self, _: &'a VolumeName, _: Wanted) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
         let (log, gate) = (Arc::clone(&self.0.log), Arc::clone(&self.0.gate));
-        let over = Arc::clone(&self.0.over);
+        let (over, proofs) = (Arc::clone(&self.0.over), Arc::clone(&self.0.proofs));
         let standing = match over.swap(false, Ordering::AcqRel) {
             true => watch::Sender::new(Standing { size: SIZE, lost: false }),
             false => self.0.standing.clone(),
         };
-        Box::pin(async move { Ok(Arc::new(Gated { log, gate, standing, over }) as Arc<dyn Engine>) })
+        Box::pin(async move { Ok(Arc::new(Gated { log, gate, standing, over, proofs }) as Arc<dyn Engine>) })
     }
 
     fn stop(&self) {}
@@ -333,7 +339,8 @@ impl Bench {
     fn new(requests: usize, grace: Duration) -> Self {
         let standing = watch::Sender::new(Standing { size: SIZE, lost: false });
         let (log, gate, over) = (Arc::default(), Arc::new(Semaphore::new(0)), Arc::default());
-        let engine = Arc::new(Gated { log, gate, standing, over });
+        let proofs = Arc::new(Semaphore::new(1000));
+        let engine = Arc::new(Gated { log, gate, standing, over, proofs });
         let metrics = Arc::new(Metrics::new(&mut Default::default()));
         let leaving = CancellationToken::new();
         let limits = SessionLimits { requests, bytes: 64 << 20, grace };
@@ -350,8 +357,14 @@ impl Bench {
         Nebd::open(ours, "volume", instance, mode).await
     }
 
+    /// What happened to requests and sessions.
     fn log(&self) -> Vec<(&'static str, u64)> {
-        self.engine.log.lock().expect("unpoisoned").clone()
+        let log = self.engine.log.lock().expect("unpoisoned");
+        log.iter().copied().filter(|(what, _)| *what != "prove").collect()
+    }
+
+    fn proofs_asked(&self) -> usize {
+        self.engine.log.lock().expect("unpoisoned").iter().filter(|(what, _)| *what == "prove").count()
     }
 
     async fn until(&self, what: impl Fn(&[(&'static str, u64)]) -> bool) {
@@ -443,6 +456,27 @@ async fn a_link_that_begins_does_not_join_a_session_that_is_over() {
     }
     assert_eq!(second.ask(1002, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
     assert!(bench.log().contains(&("close", 0)), "{:?}", bench.log());
+}
+
+#[tokio::test]
+async fn a_link_that_resumes_does_not_wait_for_anothers_proof() {
+    let bench = Bench::new(16, Duration::from_secs(60));
+    bench.link(1, Mode::Open).await;
+    bench.engine.proofs.forget_permits(1000);
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+    let beginning = tokio::spawn(async move { Nebd::open(ours, "volume", 2, Mode::Open).await });
+    bench.until(|_| bench.proofs_asked() == 1).await;
+    let resumed = tokio::time::timeout(Duration::from_secs(20), bench.link(1, RESUME)).await;
+    let mut resumed = resumed.expect("does not wait for the metadata server");
+    assert_eq!(resumed.ask(1000, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
+    assert!(!beginning.is_finished(), "its session is not proven yet");
+    // The session is lost by the time the answer is there: the one that began gets a new one.
+    bench.engine.over.store(true, Ordering::Release);
+    bench.engine.proofs.add_permits(1);
+    let mut begun = beginning.await.expect("no panic");
+    assert_eq!(begun.ask(1001, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
+    assert_eq!(resumed.next().await, Some((Message::Lost, Vec::new())));
 }
 
 #[tokio::test]
