@@ -24,6 +24,13 @@ enum Part {
 }
 
 impl Part {
+    fn shared(&self) -> Option<&Rc<Vec<u8>>> {
+        match self {
+            Self::Block(_) => None,
+            Self::Shared(data, _) => Some(data),
+        }
+    }
+
     fn bytes(&self) -> &[u8] {
         match self {
             Self::Block(block) => block,
@@ -50,6 +57,8 @@ pub struct SendQueue {
     /// Bytes of the first part that are already sent.
     head: usize,
     bytes: usize,
+    /// Memory of the parts, bytes: a shared buffer counts whole, once, until nothing of it is left to send.
+    held: usize,
     /// An emptied block, used again.
     spare: Vec<u8>,
 }
@@ -58,6 +67,11 @@ impl SendQueue {
     /// Bytes not yet sent.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Memory that is kept for what is not yet sent, bytes.
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     /// Whether everything is sent.
@@ -71,6 +85,7 @@ impl SendQueue {
             return;
         }
         self.bytes += data.len();
+        self.held += data.len();
         match self.parts.back_mut() {
             Some(Part::Block(block)) if block.len() + data.len() <= BLOCK_BYTES => {
                 block.extend_from_slice(data)
@@ -83,12 +98,15 @@ impl SendQueue {
         }
     }
 
-    /// Appends a part of `data` without copying it, unless it is small.
+    /// Appends a part of `data` without copying it, unless it is small. Parts of one buffer follow each other.
     pub fn push_shared(&mut self, data: &Rc<Vec<u8>>, range: Range<usize>) {
         if range.len() <= COPY_MAX {
             return self.push(&data[range]);
         }
         self.bytes += range.len();
+        if !self.parts.iter().rev().find_map(Part::shared).is_some_and(|last| Rc::ptr_eq(last, data)) {
+            self.held += data.len();
+        }
         self.parts.push_back(Part::Shared(Rc::clone(data), range));
     }
 
@@ -145,11 +163,21 @@ impl SendQueue {
             }
             sent -= left;
             self.head = 0;
-            if let Some(Part::Block(mut block)) = self.parts.pop_front()
-                && self.spare.capacity() < block.capacity()
-            {
-                block.clear();
-                self.spare = block;
+            match self.parts.pop_front() {
+                Some(Part::Block(mut block)) => {
+                    self.held -= block.len();
+                    if self.spare.capacity() < block.capacity() {
+                        block.clear();
+                        self.spare = block;
+                    }
+                }
+                Some(Part::Shared(data, _)) => {
+                    let next = self.parts.iter().find_map(Part::shared);
+                    if !next.is_some_and(|next| Rc::ptr_eq(next, &data)) {
+                        self.held -= data.len();
+                    }
+                }
+                None => {}
             }
         }
     }
@@ -161,6 +189,26 @@ mod tests {
     use std::io::Read;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_buffer_is_held_until_nothing_of_it_is_left_to_send() {
+        let (ours, mut theirs) = UnixStream::pair().expect("pair");
+        ours.set_nonblocking(true).expect("nonblocking");
+        let (mut queue, size) = (SendQueue::default(), 8 << 20);
+        let data = Rc::new(vec![7; size]);
+        queue.push(b"head");
+        queue.push_shared(&data, 0..1 << 20);
+        queue.push(b"hole");
+        queue.push_shared(&data, size - (1 << 20)..size);
+        drop(data);
+        assert_eq!((queue.bytes(), queue.held()), ((2 << 20) + 8, size + 8));
+        let mut buffer = vec![0; 4096];
+        while !queue.write_to(ours.as_fd()).expect("writes") {
+            assert!(queue.held() >= size, "unsent={} held={}", queue.bytes(), queue.held());
+            assert!(theirs.read(&mut buffer).expect("reads") > 0);
+        }
+        assert_eq!((queue.bytes(), queue.held()), (0, 0));
+    }
 
     #[test]
     fn everything_arrives_in_order_through_a_small_socket() {
