@@ -39,8 +39,8 @@ pub struct Config {
     pub max_connections: usize,
     /// Seconds that a client may take for its handshake.
     pub handshake_seconds: u64,
-    /// Seconds after which a client is cut that neither reads its replies nor goes on with a write, if it holds more memory
-    /// than its share and others wait for it.
+    /// Seconds after which the log names a client that neither reads its replies nor goes on with a write, if it holds more
+    /// memory than its share and others wait for it. It is not cut: its guest may be paused.
     pub stuck_seconds: u64,
 }
 
@@ -79,7 +79,7 @@ pub struct Checked {
     pub export: String,
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
-    /// How long a client may take nothing while others wait for what it holds.
+    /// How long a client may take nothing while others wait for what it holds, before the log names it.
     pub stuck_limit: Duration,
 }
 

@@ -162,8 +162,9 @@ impl EventLoop {
     fn link_ready(&mut self) -> anyhow::Result<()> {
         let Self { link, volume, connections, scratch, .. } = self;
         let received = link.receive(volume, scratch, |volume, origin: Origin, result| {
-            if let Some(connection) = connections.get_mut(&origin.connection) {
-                connection.answer(&origin.ticket, result, volume.now);
+            match connections.get_mut(&origin.connection) {
+                Some(connection) => connection.answer(&origin.ticket, result, volume.now),
+                None => volume.budget.buried(origin.ticket.holds()),
             }
         });
         match received {
@@ -219,8 +220,9 @@ impl EventLoop {
     }
 
     fn answer(&mut self, origin: &Origin, result: Result<Answer<'_>, Fault>) {
-        if let Some(connection) = self.connections.get_mut(&origin.connection) {
-            connection.answer(&origin.ticket, result, self.volume.now);
+        match self.connections.get_mut(&origin.connection) {
+            Some(connection) => connection.answer(&origin.ticket, result, self.volume.now),
+            None => self.volume.budget.buried(origin.ticket.holds()),
         }
     }
 
@@ -290,18 +292,14 @@ impl EventLoop {
                 self.volume.metrics.protocol_errors.inc();
                 tracing::warn!(client = id.0, %reason, "client cut");
             }
-            Some(cut @ Cut::Stuck(_)) => {
-                self.volume.metrics.stuck.inc();
-                tracing::warn!(client = id.0, reason = %cut, "client cut");
-            }
             Some(Cut::Io(error)) => tracing::debug!(client = id.0, %error, "client gone"),
             None => tracing::debug!(client = id.0, "client gone"),
         }
-        self.volume.budget.leave(id);
-        if let Some(mut connection) = self.connections.remove(&id)
-            && matches!(cut, Some(Cut::Protocol(_)))
-        {
-            connection.part();
+        if let Some(mut connection) = self.connections.remove(&id) {
+            if matches!(cut, Some(Cut::Protocol(_))) {
+                connection.part();
+            }
+            self.volume.budget.abandon(id, connection.abandon());
         }
         self.volume.metrics.connections.set(self.connections.len() as i64);
     }
@@ -331,10 +329,23 @@ impl EventLoop {
         while let Some((id, since)) = self.first_stuck()
             && since + self.checked.stuck_limit <= now
         {
-            let held = self.connections.get(&id).map_or(0, Connection::held);
-            self.drop_client(id, Some(&Cut::Stuck(held)));
+            self.tell_stuck(id);
         }
         Ok(())
+    }
+
+    /// A guest that is paused must not lose its disk, so its client is not cut: the others go on with their shares.
+    fn tell_stuck(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.told_stuck();
+        self.volume.metrics.stuck.inc();
+        tracing::warn!(
+            client = id.0,
+            held_bytes = connection.held(),
+            waiting = self.volume.budget.queue().count(),
+            "client takes nothing while large requests of others wait for the memory that it holds; let its guest go on or \
+             end it"
+        );
     }
 
     /// A client that came after the volume was lost wants it: nothing of what it sees is older than the other's writes.
@@ -345,7 +356,7 @@ impl EventLoop {
         }
     }
 
-    /// The client that has been stuck longest, if anybody waits for what it holds.
+    /// The client that has been stuck longest of those that nobody was told of, if anybody waits for what it holds.
     fn first_stuck(&self) -> Option<(ConnectionId, Instant)> {
         if !self.volume.budget.is_short() {
             return None;
@@ -356,7 +367,7 @@ impl EventLoop {
 
     /// Takes stock of what clients hold. Answers whether a client that waits may look again.
     fn take_stock(&mut self) -> bool {
-        self.volume.budget.settle(self.connections.values().map(Connection::held).sum())
+        self.volume.budget.settle(self.connections.values().map(Connection::held))
     }
 
     /// Lets waiting requests go on where there is room now, sends everything, and forgets finished clients.
@@ -376,7 +387,7 @@ impl EventLoop {
         }
     }
 
-    /// A different client comes first in each turn, so that none is starved.
+    /// Those that wait for what all share come in their order, then the others, a different one first in each turn.
     fn resume_stalled(&mut self) {
         let mut stalled: Vec<ConnectionId> =
             self.connections.iter().filter(|(_, c)| c.is_stalled()).map(|(id, _)| *id).collect();
@@ -384,8 +395,10 @@ impl EventLoop {
             let first = self.turn % stalled.len();
             stalled.rotate_left(first);
         }
-        for id in stalled {
+        let queue: Vec<ConnectionId> = self.volume.budget.queue().collect();
+        for id in queue.into_iter().chain(stalled) {
             if let Some(connection) = self.connections.get_mut(&id)
+                && connection.is_stalled()
                 && let Err(cut) = connection.resume(&mut self.volume)
             {
                 self.drop_client(id, Some(&cut));

@@ -38,7 +38,7 @@ use anyhow::{Context, anyhow};
 use prometheus_client::registry::Registry;
 use rustix::event::EventfdFlags;
 use spline_link::{Hello, InstanceId, Mode, VersionRange, VolumeTraits};
-use spline_types::limits::{VOLUME_INFLIGHT_BYTES, VOLUME_INFLIGHT_REQUESTS};
+use spline_types::limits::VOLUME_INFLIGHT_REQUESTS;
 use spline_types::{BlockSize, Geometry};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::OwnedFd;
@@ -99,7 +99,8 @@ impl Nebd {
         let their_stop = stop.try_clone()?;
         let thread = std::thread::Builder::new().name("nebd".into()).spawn(move || {
             let now = Instant::now();
-            let limits = Limits { requests: VOLUME_INFLIGHT_REQUESTS, bytes: VOLUME_INFLIGHT_BYTES };
+            // What their data holds is the budget's to bound: it gives it out in turn.
+            let limits = Limits { requests: VOLUME_INFLIGHT_REQUESTS, bytes: u64::MAX };
             let link = Link::new(config.gateway_socket.clone(), hello, now);
             let (inflight, budget) = (Inflight::new(limits), Budget::default());
             let volume = Volume { export, inflight, budget, lost: false, metrics, now };

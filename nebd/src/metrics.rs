@@ -46,7 +46,7 @@ pub struct Metrics {
     pub connects: Counter,
     /// Connections cut because the client broke the protocol.
     pub protocol_errors: Counter,
-    /// Connections cut because others waited for memory that the client held and did not take.
+    /// Times that a client was named for memory that it held and did not take while others waited for it.
     pub stuck: Counter,
 }
 
@@ -113,7 +113,7 @@ impl Metrics {
         registry.register("protocol_errors", "Connections cut for a protocol error", protocol_errors);
         registry.register(
             "stuck_clients",
-            "Connections cut for memory held and not taken",
+            "Clients that took nothing of what they held while others waited for it",
             metrics.stuck.clone(),
         );
         metrics

@@ -13,7 +13,7 @@ use spline_nebd::nbd::protocol::*;
 use spline_nebd::status_file::StatusFile;
 use spline_nebd::{Config, Nebd};
 use spline_types::{Epoch, Fault, OnUnavailable};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -311,10 +311,7 @@ fn a_resized_volume_is_served_to_its_new_end() {
 #[test]
 fn a_client_that_never_reads_stalls_only_itself() {
     let (place, _nebd) = Place::serving();
-    let mut greedy = Client::connect(&place.nbd());
-    greedy.stream.set_nonblocking(true).expect("sets");
-    let reads = request(CMD_READ, 1, 0, 8 << 20).repeat(1000);
-    let _ = greedy.stream.write(&reads);
+    let _greedy = greedy(&place, 50);
     place.gateway.wait("its first reads came", |control| !control.received.is_empty());
     let mut polite = Client::connect(&place.nbd());
     for cookie in 0..50 {
@@ -380,11 +377,10 @@ fn a_clean_stop_says_goodbye_and_leaves_nothing_behind() {
     assert!(!StatusFile::path(place.dir.path(), "disk0").exists());
 }
 
-/// Asks for 8 MiB again and again and reads none of it.
-fn greedy(place: &Place) -> Client {
-    let client = Client::connect(&place.nbd());
-    client.stream.set_nonblocking(true).expect("sets");
-    let _ = (&client.stream).write(&request(CMD_READ, 1, 0, 8 << 20).repeat(1000));
+/// Asks for 8 MiB `count` times and reads none of it.
+fn greedy(place: &Place, count: usize) -> Client {
+    let mut client = Client::connect(&place.nbd());
+    client.stream.write_all(&request(CMD_READ, 1, 0, 8 << 20).repeat(count)).expect("writes");
     client
 }
 
@@ -392,46 +388,98 @@ fn asked_for(place: &Place, length: u64) -> usize {
     place.gateway.lock().received.iter().filter(|(_, request)| request.range.length() == length).count()
 }
 
-#[test]
-fn clients_that_never_read_share_one_budget() {
-    let place = Place::new();
-    place.gateway.listen();
-    // Nobody is cut here: it is the budget that holds.
-    let config = Config { stuck_seconds: 3600, ..place.config() };
-    let mut nebd = Nebd::spawn(config, &mut Registry::default()).expect("starts");
-    nebd.wait_ready().expect("no error").expect("is ready");
-    let _greedy: Vec<_> = (0..10).map(|_| greedy(&place)).collect();
-    place.gateway.wait("the budget is used up", |control| control.received.len() >= 8);
-    let mut polite = Client::connect(&place.nbd());
-    for cookie in 0..50 {
-        assert_eq!(polite.read(cookie, 4096, 64 << 10), vec![0; 64 << 10], "its share is its own");
-    }
-    assert_eq!(asked_for(&place, 8 << 20), 8, "64 MiB, not 48 MiB each");
+fn page(registry: &Registry) -> String {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, registry).expect("encodes");
+    text
 }
 
 #[test]
-fn a_client_that_takes_nothing_is_cut_when_others_wait_for_what_it_holds() {
+fn clients_that_never_read_share_one_budget() {
+    let (place, _nebd) = Place::serving();
+    let _greedy: Vec<_> = (0..10).map(|_| greedy(&place, 50)).collect();
+    place.gateway.wait("the budget is used up", |control| control.received.len() >= 8);
+    let mut polite = Client::connect(&place.nbd());
+    for cookie in 0..20 {
+        assert!(polite.read(cookie, 4096, 2 << 20) == vec![0; 2 << 20], "its share is its own");
+    }
+    // 64 MiB and 2 MiB for each of the ten.
+    assert!((8..=10).contains(&asked_for(&place, 8 << 20)), "{}", asked_for(&place, 8 << 20));
+}
+
+#[test]
+fn a_client_that_takes_nothing_is_not_cut_and_holds_up_nobody_s_small_requests() {
     let place = Place::new();
     place.gateway.listen();
     let mut registry = Registry::default();
     let mut nebd = Nebd::spawn(place.config(), &mut registry).expect("starts");
     nebd.wait_ready().expect("no error").expect("is ready");
-    let _greedy: Vec<_> = (0..2).map(|_| greedy(&place)).collect();
-    let mut half = Client::connect(&place.nbd());
-    place.gateway.wait("the budget is used up", |control| control.received.len() >= 8);
-    half.send(CMD_WRITE, 1, 0, 512 << 10);
+    let mut paused: Vec<_> = (0..2).map(|_| greedy(&place, 4)).collect();
+    place.gateway.wait("both hold what they may", |control| control.received.len() == 8);
+    let mut large = Client::connect(&place.nbd());
+    large.send(CMD_READ, 9, 0, 32 << 20);
+    // Its own share is enough for this, also behind one that waits, and for as long as it takes.
+    let mut small = Client::connect(&place.nbd());
+    let data = vec![7; 2 << 20];
+    let mut rounds = 0;
+    while !page(&registry).contains("stuck_clients_total 2") {
+        small.write(rounds, 0, &data);
+        assert_eq!(small.reply(), (rounds, 0));
+        rounds += 1;
+        assert!(rounds < 100_000, "nobody is told of the paused clients");
+    }
+    assert_eq!(asked_for(&place, 32 << 20), 0, "there is no memory for it");
+    for client in &mut paused {
+        for _ in 0..4 {
+            assert_eq!(client.reply(), (1, 0));
+            let mut data = vec![0; 8 << 20];
+            client.stream.read_exact(&mut data).expect("was not cut");
+        }
+    }
+    assert_eq!(large.reply(), (9, 0));
+}
+
+#[test]
+fn a_large_request_gets_its_turn_among_many_busy_clients() {
+    let place = Place::new();
+    // The link is not what it waits for.
+    place.gateway.lock().bytes_max = 1 << 30;
+    place.gateway.lock().manner = Manner::Hold;
+    place.gateway.listen();
+    let mut nebd = place.spawn();
+    nebd.wait_ready().expect("no error").expect("is ready");
+    let mut busy: Vec<_> = (0..40).map(|_| Client::connect(&place.nbd())).collect();
+    for client in &mut busy {
+        client.send(CMD_READ, 1, 0, 1 << 20);
+    }
+    place.gateway.wait("all are busy", |control| control.received.len() == 40);
+    let mut large = Client::connect(&place.nbd());
+    large.send(CMD_READ, 2, 0, 32 << 20);
+    place.gateway.wait("the large one came", |control| control.received.len() == 41);
+}
+
+#[test]
+fn what_dropped_clients_asked_for_counts_until_it_is_answered() {
+    let (place, _nebd) = Place::serving();
+    let gateway = &place.gateway;
+    gateway.lock().manner = Manner::Hold;
+    for count in 1..=5 {
+        let mut dropped = Client::connect(&place.nbd());
+        dropped.write(1, 0, &vec![1; 8 << 20]);
+        gateway.wait("the write came", |control| control.received.len() == count);
+    }
+    gateway.lock().manner = Manner::Answer;
+    let _greedy: Vec<_> = (0..4).map(|_| greedy(&place, 50)).collect();
+    gateway.wait("the rest is used up", |control| control.received.len() >= 8);
     let mut polite = Client::connect(&place.nbd());
-    let data = vec![7; 4 << 20];
-    polite.write(1, 0, &data);
-    assert_eq!(polite.reply(), (1, 0));
-    assert!(polite.read(2, 0, 4 << 20) == data);
-    let mut text = String::new();
-    prometheus_client::encoding::text::encode(&mut text, &registry).expect("encodes");
-    assert!(
-        text.contains("spline_nebd_stuck_clients_total 1") || text.contains("stuck_clients_total 2"),
-        "{text}"
-    );
-    // What is within its share is nobody's business.
-    half.stream.write_all(&vec![8; 512 << 10]).expect("writes");
-    assert_eq!(half.reply(), (1, 0));
+    for cookie in 0..20 {
+        assert_eq!(polite.read(cookie, 4096, 4096), vec![0; 4096]);
+    }
+    // 24 MiB are left, and 2 MiB for each of the four.
+    let reads = asked_for(&place, 8 << 20) - 5;
+    assert!((3..=4).contains(&reads), "reads={reads}");
+    // Answered by the next gateway, to nobody, they are gone.
+    gateway.kill();
+    gateway.listen();
+    assert!(polite.read(1, 0, 2 << 20) == vec![1; 2 << 20], "what they wrote was replayed");
 }

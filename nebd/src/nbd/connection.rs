@@ -3,11 +3,11 @@
 //! Called by the event loop. Must not know: the link, other connections. Every byte that comes is judged by
 //! `handshake` or `transmission`; this module moves bytes and keeps the limits.
 //!
-//! `bounded`: at most [`REQUESTS_MAX`] requests and [`BYTES_MAX`] bytes of one client are open, and past
-//! [`UNSENT_MAX`] bytes of replies that it does not read nothing more is read from it. What all of them hold together is
-//! bounded by [`crate::budget`]; what a client's replies hold is not counted against the volume.
+//! `bounded`: at most [`REQUESTS_MAX`] requests of one client are open, its data holds at most
+//! [`CLIENT_BYTES`], and past [`UNSENT_MAX`] bytes of replies that it does not read nothing more is read from it. What all
+//! clients hold together is bounded by [`crate::budget`].
 
-use crate::budget::SHARE_BYTES;
+use crate::budget::{CLIENT_BYTES, SHARE_BYTES};
 use crate::nbd::errno::nbd_error;
 use crate::nbd::handshake::{Handshake, Step};
 use crate::nbd::reply;
@@ -16,7 +16,6 @@ use crate::receive::{READS_PER_TURN, Received, read_after, read_payload};
 use crate::send_queue::SendQueue;
 use crate::volume::{Answer, Origin, Volume};
 use rustix::event::epoll::EventFlags;
-use spline_types::limits::REQUEST_BYTES_MAX;
 use spline_types::{BlockOp, Fault};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,12 +24,8 @@ use thiserror::Error;
 
 /// Open requests of one client: half of the volume's, so that one client can not shut out the others.
 pub const REQUESTS_MAX: usize = 512;
-/// Data of one client's open requests, bytes: the largest request and some beside it, less than the volume's.
-pub const BYTES_MAX: u64 = 48 << 20;
 /// Unsent bytes of replies past which a client's requests are not read.
 pub const UNSENT_MAX: usize = 4 << 20;
-
-const _: () = assert!(BYTES_MAX >= REQUEST_BYTES_MAX as u64);
 
 /// Names a connection; never reused.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -45,9 +40,6 @@ pub enum Cut {
     /// The client broke the protocol.
     #[error("protocol error: {0}")]
     Protocol(String),
-    /// The client held more than its share, took nothing, and others waited.
-    #[error("holds memory that others wait for and takes nothing: held_bytes={0}")]
-    Stuck(u64),
 }
 
 #[derive(Debug)]
@@ -77,6 +69,8 @@ pub struct Connection {
     fenced: bool,
     /// When the client last sent or took a byte, or was given something to take.
     active: Instant,
+    /// It was said that the client has done neither for long.
+    told_stuck: bool,
     /// What epoll was last told to watch.
     watched: EventFlags,
 }
@@ -100,6 +94,7 @@ impl Connection {
             ending: false,
             fenced: false,
             active: now,
+            told_stuck: false,
             watched: EventFlags::IN,
         }
     }
@@ -123,15 +118,24 @@ impl Connection {
             Phase::Handshake { .. } => 0,
             Phase::Transmission(machine) => machine.coming(),
         };
-        self.open_bytes + coming + self.out.bytes() as u64
+        self.open_bytes + coming + self.out.held() as u64
     }
 
     /// Since when the client holds more than its share and does nothing to let go of it: replies that it does not read, or
-    /// a write of which no more comes.
+    /// a write of which no more comes. `None` once [`told_stuck`](Self::told_stuck).
     pub fn stuck_since(&self) -> Option<Instant> {
         let its_turn = !self.out.is_empty()
             || matches!(&self.phase, Phase::Transmission(machine) if machine.coming() > 0);
-        (its_turn && self.held() > SHARE_BYTES).then_some(self.active)
+        (its_turn && !self.told_stuck && self.held() > SHARE_BYTES).then_some(self.active)
+    }
+
+    /// Operators were told that the client is stuck; not again before it has done something.
+    pub fn told_stuck(&mut self) {
+        self.told_stuck = true;
+    }
+
+    fn is_active(&mut self, now: Instant) {
+        (self.active, self.told_stuck) = (now, false);
     }
 
     /// Whether requests wait in it for room.
@@ -187,7 +191,7 @@ impl Connection {
                     return Ok(());
                 }
                 Received::Bytes { count, drained } => {
-                    self.active = volume.now;
+                    self.is_active(volume.now);
                     // A direct read leaves its bytes in the payload; what it read too far is in `left`.
                     let left = std::mem::take(&mut self.partial);
                     self.take(volume, if direct { &left } else { &scratch[..count] })?;
@@ -208,6 +212,9 @@ impl Connection {
     pub fn resume(&mut self, volume: &mut Volume) -> Result<(), Cut> {
         self.stalled = self.out.bytes() > UNSENT_MAX;
         if self.stalled {
+            // It must take what it has first: meanwhile it is nobody's turn because of it.
+            volume.budget.leave(self.id);
+            volume.budget.unpark(self.id);
             return Ok(());
         }
         if let Some(incoming) = self.parked.take() {
@@ -230,6 +237,13 @@ impl Connection {
         }
     }
 
+    /// Ends it without a word. Answers what its requests hold that are in the in-flight table, bytes: they stay there until
+    /// they are answered, to nobody.
+    pub fn abandon(mut self) -> u64 {
+        self.end();
+        self.open_bytes
+    }
+
     /// The volume was lost: a client that has entered is served no more (`one_writer`).
     pub fn fence(&mut self) {
         self.fenced = matches!(self.phase, Phase::Transmission(_));
@@ -239,7 +253,7 @@ impl Connection {
     pub fn answer(&mut self, ticket: &Ticket, result: Result<Answer<'_>, Fault>, now: Instant) {
         self.close(ticket);
         if self.out.is_empty() {
-            self.active = now;
+            self.is_active(now);
         }
         let structured = self.structured();
         match result {
@@ -263,7 +277,7 @@ impl Connection {
         let behind = before > UNSENT_MAX;
         self.out.write_to(self.socket.as_fd())?;
         if self.out.bytes() < before {
-            self.active = now;
+            self.is_active(now);
         }
         Ok(self.stalled && behind && self.out.bytes() <= UNSENT_MAX)
     }
@@ -302,12 +316,6 @@ impl Connection {
         reply::failed(&mut self.out, structured, error, &fault.to_string(), read_at);
     }
 
-    /// What its own limits leave, and what the budget of all does.
-    fn room(&self, volume: &Volume) -> Room {
-        let (own, common) = (BYTES_MAX - self.open_bytes, volume.budget.room(self.id, self.held()));
-        Room { requests: REQUESTS_MAX - self.open, bytes: own.min(common) }
-    }
-
     /// Acts upon `input` and keeps what it can not take yet.
     fn take(&mut self, volume: &mut Volume, input: &[u8]) -> Result<(), Cut> {
         let mut used = 0;
@@ -343,14 +351,18 @@ impl Connection {
     }
 
     fn serve(&mut self, volume: &mut Volume, input: &[u8]) -> Result<(usize, bool), Cut> {
-        let (room, held) = (self.room(volume), self.held());
+        let held = self.held();
+        // What its own limits leave, and what the budget of all does.
+        let (own, common) = (CLIENT_BYTES.saturating_sub(held), volume.budget.room(self.id, held));
+        let room = Room { requests: REQUESTS_MAX - self.open, bytes: own.min(common) };
         let Phase::Transmission(machine) = &mut self.phase else { return Ok((0, false)) };
         let (taken, event) = machine.advance(input, &volume.export, room);
         match event {
             Event::Full => {
                 self.stalled = true;
-                if room.requests > 0 && room.bytes < BYTES_MAX - self.open_bytes {
-                    volume.budget.wait(self.id);
+                match room.requests > 0 && common < own {
+                    true => volume.budget.wait(self.id),
+                    false => volume.budget.leave(self.id),
                 }
                 return Ok((taken, true));
             }
@@ -359,13 +371,13 @@ impl Connection {
         match event {
             Event::Full => {}
             Event::NeedMore => {
-                volume.budget.took(self.held().saturating_sub(held));
+                volume.budget.took(held, self.held());
                 return Ok((taken, false));
             }
             Event::Request(incoming) => {
                 self.open += 1;
                 self.open_bytes += incoming.ticket.holds();
-                volume.budget.took(self.held().saturating_sub(held));
+                volume.budget.took(held, self.held());
                 self.submit(volume, incoming);
             }
             Event::Nothing(ticket) if ticket.op == BlockOp::Read => {
@@ -390,14 +402,17 @@ impl Connection {
     fn submit(&mut self, volume: &mut Volume, incoming: Incoming) {
         let Incoming { ticket, fua, payload } = incoming;
         if self.fenced {
+            volume.budget.unpark(self.id);
             volume.metrics.refused(Fault::Fenced);
             return self.answer(&ticket, Err(Fault::Fenced), volume.now);
         }
-        if !volume.inflight.has_room(ticket.op, ticket.range) {
+        if !volume.budget.may_enter(self.id) || !volume.inflight.has_room(ticket.op, ticket.range) {
+            volume.budget.park(self.id);
             self.parked = Some(Incoming { ticket, fua, payload });
             self.stalled = true;
             return;
         }
+        volume.budget.unpark(self.id);
         let origin = Origin { connection: self.id, ticket };
         volume.inflight.admit((ticket.op, ticket.range, fua), payload, origin, volume.now);
     }

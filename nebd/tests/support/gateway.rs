@@ -32,6 +32,8 @@ pub(crate) struct Control {
     pub(crate) manner: Manner,
     pub(crate) refuse: Option<Refusal>,
     pub(crate) on_unavailable: OnUnavailable,
+    /// Most data of requests that nebd may have unanswered.
+    pub(crate) bytes_max: u64,
     /// The volume that has the name; a nebd that knows another is refused.
     pub(crate) identity: Identity,
     pub(crate) links: Vec<Mode>,
@@ -59,6 +61,7 @@ impl FakeGateway {
             manner: Manner::Answer,
             refuse: None,
             on_unavailable: OnUnavailable::Wait,
+            bytes_max: 64 << 20,
             identity: Identity::new(0, 1).expect("not 0"),
             links: Vec::new(),
             received: Vec::new(),
@@ -176,7 +179,7 @@ impl FakeGateway {
                 on_unavailable: control.on_unavailable,
                 request_bytes_max: 32 << 20,
                 requests_max: 1024,
-                bytes_max: 64 << 20,
+                bytes_max: control.bytes_max,
             }),
         };
         let number = control.links.len() - 1;

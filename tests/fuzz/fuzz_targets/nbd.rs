@@ -130,7 +130,7 @@ impl Session<'_> {
                 }
                 continue;
             }
-            self.volume.budget.settle(self.connection.held());
+            self.volume.budget.settle(std::iter::once(self.connection.held()));
             let resumed = self.connection.resume(self.volume);
             if let Err(cut) = resumed {
                 return self.cut(&cut);
