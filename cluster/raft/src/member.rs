@@ -170,16 +170,17 @@ impl Member {
     ) -> Result<VoteResponse, String> {
         let candidate = NodeId(request.vote.leader_id.node_id);
         let from_here = handed_over.is_some_and(|leader| self.has_handed_over(leader));
-        if (!from_here && self.leads()) || !self.promise.vote_begins(candidate, handed_over) {
-            return Err(self.withheld());
-        }
         // openraft keeps leases of its own; they are of the leader that it follows.
         let followed = self.raft.borrow_watched().vote;
         let is_asked_for = followed.committed && handed_over == Some(followed.leader_id);
-        request.leadership_transfer = is_asked_for || self.is_own_lease(candidate);
+        let forced = is_asked_for || self.is_own_lease(candidate);
+        if (!from_here && self.leads()) || !self.promise.vote_begins(candidate, handed_over, forced) {
+            return Err(self.withheld());
+        }
+        request.leadership_transfer = forced;
         let answer = self.replica.vote(request).await;
         // Not if this task was dropped before: the core may still grant the vote.
-        self.promise.vote_ended();
+        self.promise.vote_ended(forced);
         answer
     }
 

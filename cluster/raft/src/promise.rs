@@ -13,7 +13,9 @@
 //!
 //! A leader that hands its leadership on has stopped reading under the promise before it says so, for good as far as its
 //! term goes. A vote that is asked for in its name breaks the promise to it, however late the request comes, and the
-//! promise to no other. A restart forgets everything here: a replica that finds itself committed to a leader on disk
+//! promise to no other. openraft's core is told to grant such a vote whatever its own lease says, so that an append which
+//! another leader sent meanwhile must not count as a promise: it is not acknowledged.
+//! A restart forgets everything here: a replica that finds itself committed to a leader on disk
 //! starts as if it had heard that leader just now. The leader itself may be elected again at any time: the lease is its
 //! own.
 
@@ -39,13 +41,14 @@ impl Promise {
     }
 
     /// An append is about to be handed to the core. What is returned goes into [`Promise::accepted`].
-    pub(crate) fn append_begins(&self) -> Campaigns {
-        self.state().campaigns
+    pub(crate) fn append_begins(&self) -> Begun {
+        self.state().append_begins()
     }
 
     /// The core accepted an append of `leader` (`matched`: and its log goes on from ours) that was begun at `begun`.
-    pub(crate) fn accepted(&self, leader: LeaderId, matched: bool, begun: Campaigns) {
-        self.state().accepted(leader, matched, begun, Moment::now());
+    /// False if `leader` must not be told: the core may have given another one a forced vote since.
+    pub(crate) fn accepted(&self, leader: LeaderId, matched: bool, begun: Begun) -> bool {
+        self.state().accepted(leader, matched, begun, Moment::now())
     }
 
     /// A heartbeat of `leader`. True renews the promise. `durable` reads the vote on disk.
@@ -63,15 +66,19 @@ impl Promise {
     }
 
     /// True lets a request for a vote into the core; [`Promise::vote_ended`] must follow its answer, and only that.
-    /// `handed_over` is the leader in whose name it is asked for.
-    pub(crate) fn vote_begins(&self, candidate: NodeId, handed_over: Option<LeaderId>) -> bool {
-        self.state().vote_begins(candidate, handed_over, Moment::now())
+    /// `handed_over` is the leader in whose name it is asked for; `forced` says that the core's own lease will not count.
+    pub(crate) fn vote_begins(&self, candidate: NodeId, handed_over: Option<LeaderId>, forced: bool) -> bool {
+        self.state().vote_begins(candidate, handed_over, forced, Moment::now())
     }
 
     /// `leader` said that it hands its leadership over, to this replica or to another: no vote is kept back for it any more.
     /// This node still does not stand for election of its own accord: the one that was chosen comes first.
     pub(crate) fn handed_over(&self, leader: LeaderId) {
-        self.state().released = Some(leader);
+        let mut state = self.state();
+        // A message of an older leader may be late.
+        if state.released.is_none_or(|newest| rank(newest) < rank(leader)) {
+            state.released = Some(leader);
+        }
     }
 
     /// The leader that was last heard to hand its leadership over.
@@ -80,8 +87,8 @@ impl Promise {
     }
 
     /// The core has answered, and what it granted is on disk.
-    pub(crate) fn vote_ended(&self) {
-        self.state().votes -= 1;
+    pub(crate) fn vote_ended(&self, forced: bool) {
+        self.state().vote_ended(forced);
     }
 
     /// Lets `ask` tell the core to stand for election, unless the promise forbids it. True if it was asked.
@@ -112,6 +119,14 @@ impl Promise {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(crate) struct Campaigns(u64);
 
+/// What was so when an append was handed to the core.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Begun {
+    campaigns: Campaigns,
+    /// Forced votes that the core had answered.
+    forced: u64,
+}
+
 #[derive(Clone, Debug)]
 struct State {
     lease: Duration,
@@ -128,6 +143,9 @@ struct State {
     released: Option<LeaderId>,
     /// Requests for votes that the core has not answered.
     votes: u64,
+    /// Forced votes that were let into the core, and how many of them it has answered.
+    forced: u64,
+    forced_answered: u64,
 }
 
 impl State {
@@ -143,13 +161,20 @@ impl State {
             campaigns,
             released: None,
             votes: 0,
+            forced: 0,
+            forced_answered: 0,
         }
     }
 
-    fn accepted(&mut self, leader: LeaderId, matched: bool, begun: Campaigns, now: Moment) {
+    fn append_begins(&self) -> Begun {
+        Begun { campaigns: self.campaigns, forced: self.forced_answered }
+    }
+
+    fn accepted(&mut self, leader: LeaderId, matched: bool, begun: Begun, now: Moment) -> bool {
+        let is_safe = self.forced == begun.forced;
         // The answer to an older leader's message may be late: the promise to the newer one stands.
         if self.leader.is_some_and(|newest| rank(newest) > rank(leader)) {
-            return;
+            return false;
         }
         if self.leader != Some(leader) {
             self.follows = false;
@@ -157,7 +182,8 @@ impl State {
         self.leader = Some(leader);
         self.heard = true;
         self.until = self.until.max(now + self.lease);
-        self.follows |= matched && begun == self.campaigns;
+        self.follows |= matched && begun.campaigns == self.campaigns;
+        is_safe
     }
 
     fn beat(&mut self, leader: LeaderId, durable: Option<Vote>, now: Moment) -> bool {
@@ -173,13 +199,25 @@ impl State {
         now < self.until && self.leader.is_some_and(|leader| leader.node_id != candidate.0)
     }
 
-    fn vote_begins(&mut self, candidate: NodeId, handed_over: Option<LeaderId>, now: Moment) -> bool {
+    fn vote_begins(
+        &mut self,
+        candidate: NodeId,
+        handed_over: Option<LeaderId>,
+        forced: bool,
+        now: Moment,
+    ) -> bool {
         let is_free = self.leader.is_some() && [handed_over, self.released].contains(&self.leader);
         if !is_free && self.withholds(candidate, now) {
             return false;
         }
         self.votes += 1;
+        self.forced += u64::from(forced);
         true
+    }
+
+    fn vote_ended(&mut self, forced: bool) {
+        self.votes -= 1;
+        self.forced_answered += u64::from(forced);
     }
 
     fn campaign(&mut self, me: NodeId, now: Moment) -> bool {

@@ -235,7 +235,8 @@ fn start_checkpoints(host: &Arc<HostState>, members: &[Arc<Member>], permits: &A
         let pins = pinning.contains(&member.id);
         let is_long = || member.log.bytes_since_checkpoint() >= host.checkpoint_log_bytes;
         // After a start the log may be long before anything of it is applied.
-        if !pins && !(is_long() && member.has_unsaved()) {
+        let is_due = pins || (is_long() && member.has_unsaved());
+        if !is_due {
             continue;
         }
         let Ok(permit) = permits.clone().try_acquire_owned() else { return };

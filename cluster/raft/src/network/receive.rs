@@ -60,10 +60,10 @@ async fn carry_out(member: &Arc<Member>, request: Request) -> Reply {
             let (leader, begun) = (append.vote.leader_id, member.promise.append_begins());
             let answer = member.replica.append(append).await;
             match answer {
-                Ok(AppendEntriesResponse::Success) => {
-                    member.promise.accepted(leader, true, begun);
-                    Reply::Appended
-                }
+                Ok(AppendEntriesResponse::Success) => match member.promise.accepted(leader, true, begun) {
+                    true => Reply::Appended,
+                    false => Reply::Refused("a vote for another leader is under way".to_owned()),
+                },
                 Ok(AppendEntriesResponse::PartialSuccess(_)) => {
                     Reply::Refused("append was cut short".to_owned())
                 }

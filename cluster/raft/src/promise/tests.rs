@@ -20,8 +20,8 @@ fn committed(leader: LeaderId) -> Option<Vote> {
 /// A replica that follows `leader(5, 1)` since `start`.
 fn follower(start: Moment) -> State {
     let mut state = State::new(LEASE, None, start);
-    let begun = state.campaigns;
-    state.accepted(leader(5, 1), true, begun, start);
+    let begun = state.append_begins();
+    assert!(state.accepted(leader(5, 1), true, begun, start));
     state
 }
 
@@ -46,13 +46,13 @@ fn no_beat_is_accepted_while_a_vote_is_in_the_core() {
     let start = Moment::now();
     let late = start + LEASE;
     let mut state = follower(start);
-    assert!(!state.vote_begins(NodeId(2), None, start));
-    assert!(state.vote_begins(NodeId(2), None, late));
+    assert!(!state.vote_begins(NodeId(2), None, false, start));
+    assert!(state.vote_begins(NodeId(2), None, false, late));
     assert!(!state.beat(leader(5, 1), committed(leader(5, 1)), late), "it may be granted");
-    state.votes -= 1;
+    state.vote_ended(false);
     assert!(state.beat(leader(5, 1), committed(leader(5, 1)), late), "it was not granted");
-    assert!(!state.vote_begins(NodeId(2), None, late));
-    assert!(state.vote_begins(NodeId(2), Some(leader(5, 1)), late), "the leader hands over");
+    assert!(!state.vote_begins(NodeId(2), None, false, late));
+    assert!(state.vote_begins(NodeId(2), Some(leader(5, 1)), true, late), "the leader hands over");
     assert!(!state.beat(leader(5, 1), committed(leader(5, 1)), late));
 }
 
@@ -62,13 +62,13 @@ fn a_handing_over_breaks_the_promise_to_that_leader_alone() {
     let mut state = follower(start);
     // Late requests in the name of an earlier leader, of one of the same term, and of one not heard of.
     for other in [leader(4, 1), leader(5, 2), leader(6, 2)] {
-        assert!(!state.vote_begins(NodeId(3), Some(other), start), "{other:?}");
+        assert!(!state.vote_begins(NodeId(3), Some(other), true, start), "{other:?}");
         state.released = Some(other);
-        assert!(!state.vote_begins(NodeId(3), None, start), "{other:?}");
+        assert!(!state.vote_begins(NodeId(3), None, false, start), "{other:?}");
     }
-    assert!(state.clone().vote_begins(NodeId(3), Some(leader(5, 1)), start));
+    assert!(state.clone().vote_begins(NodeId(3), Some(leader(5, 1)), true, start));
     state.released = Some(leader(5, 1));
-    assert!(state.vote_begins(NodeId(3), None, start));
+    assert!(state.vote_begins(NodeId(3), None, false, start));
     assert!(!state.campaign(NodeId(3), start), "the one that was chosen comes first");
 }
 
@@ -78,11 +78,11 @@ fn a_campaign_ends_with_an_append_that_was_begun_after_it() {
     let late = start + LEASE;
     let mut state = follower(start);
     assert!(!state.campaign(NodeId(3), start), "the promise runs");
-    let before = state.campaigns;
+    let before = state.append_begins();
     assert!(state.campaign(NodeId(3), late));
     state.accepted(leader(5, 1), true, before, late);
     assert!(!state.beat(leader(5, 1), committed(leader(5, 1)), late), "the core may have taken it before");
-    let after = state.campaigns;
+    let after = state.append_begins();
     state.accepted(leader(5, 1), false, after, late);
     assert!(!state.beat(leader(5, 1), committed(leader(5, 1)), late), "its log does not match");
     state.accepted(leader(5, 1), true, after, late);
@@ -90,11 +90,29 @@ fn a_campaign_ends_with_an_append_that_was_begun_after_it() {
 }
 
 #[test]
+fn an_append_that_a_forced_vote_may_follow_in_the_core_is_not_acknowledged() {
+    let start = Moment::now();
+    let late = start + LEASE;
+    let mut state = follower(start);
+    // Leader (6, 2) sends an append while a vote in the name of (5, 1) is on its way into the core.
+    let before = state.append_begins();
+    assert!(state.vote_begins(NodeId(3), Some(leader(5, 1)), true, start));
+    let during = state.append_begins();
+    assert!(!state.clone().accepted(leader(6, 2), true, before, late));
+    state.vote_ended(true);
+    assert!(!state.clone().accepted(leader(6, 2), true, before, late));
+    assert!(!state.clone().accepted(leader(6, 2), true, during, late));
+    let after = state.append_begins();
+    assert!(state.accepted(leader(6, 2), true, after, late), "the core has taken it after the vote");
+}
+
+#[test]
 fn a_late_answer_of_an_older_leader_changes_nothing() {
     let start = Moment::now();
     let mut state = follower(start);
-    state.accepted(leader(6, 2), true, Campaigns(0), start);
-    state.accepted(leader(5, 1), true, Campaigns(0), start);
+    let begun = state.append_begins();
+    state.accepted(leader(6, 2), true, begun, start);
+    assert!(!state.accepted(leader(5, 1), true, begun, start));
     assert!(state.withholds(NodeId(1), start));
     assert!(state.beat(leader(6, 2), committed(leader(6, 2)), start));
 }
@@ -114,15 +132,24 @@ fn a_replica_that_starts_keeps_what_it_may_have_promised() {
 /// What the core's queue holds.
 #[derive(Clone, Copy, Debug)]
 enum Message {
-    Append { leader: LeaderId, begun: Campaigns },
-    Vote { candidate: LeaderId, handed_over: Option<LeaderId> },
+    Append {
+        leader: LeaderId,
+        begun: Begun,
+        at: Moment,
+    },
+    /// Forced if a leader hands over.
+    Vote {
+        candidate: LeaderId,
+        handed_over: Option<LeaderId>,
+    },
     Campaign,
 }
 
-/// openraft's core as far as votes go, with no lease of its own: the promise must do without it.
+/// openraft's core as far as votes go. Its lease is renewed by appends alone, and does not count for forced votes.
 struct Core {
     queue: VecDeque<Message>,
     vote: Vote,
+    lease_until: Moment,
     /// A round of pre-votes that may win at any time later.
     standing: bool,
     /// Answers that were given and have not been noticed yet, in any order.
@@ -133,20 +160,21 @@ const ME: u64 = 3;
 
 impl Core {
     /// Takes one message. Returns the node that got a vote on disk, if one did, and the leader that handed over to it.
-    fn step(&mut self) -> Option<(u64, Option<LeaderId>)> {
+    fn step(&mut self, now: Moment) -> Option<(u64, Option<LeaderId>)> {
         let message = self.queue.pop_front()?;
         match message {
             Message::Append { leader, .. } => {
                 let vote = Vote { leader_id: leader, committed: true };
                 let known = (rank(self.vote.leader_id), self.vote.committed);
                 if (rank(leader), true) >= known {
-                    (self.vote, self.standing) = (vote, false);
+                    (self.vote, self.standing, self.lease_until) = (vote, false, now + LEASE);
                     self.answered.push(message);
                 }
                 None
             }
             Message::Vote { candidate, handed_over } => {
-                let granted = rank(candidate) > rank(self.vote.leader_id);
+                let is_free = handed_over.is_some() || !self.vote.committed || now >= self.lease_until;
+                let granted = is_free && rank(candidate) > rank(self.vote.leader_id);
                 if granted {
                     (self.vote, self.standing) = (Vote { leader_id: candidate, committed: false }, false);
                 }
@@ -154,7 +182,7 @@ impl Core {
                 granted.then_some((candidate.node_id, handed_over))
             }
             Message::Campaign => {
-                self.standing = true;
+                self.standing |= !self.vote.committed || now >= self.lease_until;
                 None
             }
         }
@@ -203,19 +231,22 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// After a beat of a leader was accepted, nobody else gets a vote on disk for the length of a lease, unless that leader
+    /// After a beat or an append of a leader was accepted, nobody else gets a vote on disk for the length of a lease, unless that leader
     /// hands over.
     #[test]
-    fn a_promise_given_to_a_beat_is_kept(events in events()) {
+    fn a_promise_is_kept(events in events()) {
         let mut now = Moment::now();
         let none = Vote { leader_id: leader(0, 0), committed: false };
         let mut state = State::new(LEASE, None, now);
-        let mut core = Core { queue: VecDeque::new(), vote: none, standing: false, answered: Vec::new() };
+        let mut core = Core { queue: VecDeque::new(), vote: none, lease_until: now, standing: false, answered: Vec::new() };
+        // There is a newer leader only if a majority has let the older one's lease run out.
+        let mut newest = (0, 0);
         let mut given: Vec<(LeaderId, Moment)> = Vec::new();
         for event in events {
             let voted = match event {
                 Event::Append(term, node) => {
-                    core.queue.push_back(Message::Append { leader: leader(term, node), begun: state.campaigns });
+                    newest = newest.max((term, node));
+                    core.queue.push_back(Message::Append { leader: leader(term, node), begun: state.append_begins(), at: now });
                     None
                 }
                 Event::Beat(term, node) => {
@@ -227,7 +258,7 @@ proptest! {
                 }
                 Event::AskVote(term, node, by) => {
                     let handed_over = by.map(|(term, node)| leader(term, node));
-                    if state.vote_begins(NodeId(node), handed_over, now) {
+                    if state.vote_begins(NodeId(node), handed_over, by.is_some(), now) {
                         core.queue.push_back(Message::Vote { candidate: leader(term, node), handed_over });
                     }
                     None
@@ -238,13 +269,17 @@ proptest! {
                     }
                     None
                 }
-                Event::Core => core.step(),
+                Event::Core => core.step(now),
                 Event::Win => core.win(),
                 Event::Notice(at) => {
                     if at < core.answered.len() {
                         match core.answered.remove(at) {
-                            Message::Append { leader, begun } => state.accepted(leader, true, begun, now),
-                            Message::Vote { .. } => state.votes -= 1,
+                            Message::Append { leader, begun, at } => {
+                                if state.accepted(leader, true, begun, now) {
+                                    given.push((leader, at + LEASE));
+                                }
+                            }
+                            Message::Vote { handed_over, .. } => state.vote_ended(handed_over.is_some()),
                             Message::Campaign => {}
                         }
                     }
@@ -257,7 +292,8 @@ proptest! {
             };
             if let Some((candidate, handed_over)) = voted {
                 for (to, until) in &given {
-                    let is_free = candidate == to.node_id || handed_over == Some(*to) || now >= *until;
+                    let is_over = now >= *until || rank(*to) < newest;
+                    let is_free = candidate == to.node_id || handed_over == Some(*to) || is_over;
                     prop_assert!(is_free, "{candidate} got a vote promised to {to:?}");
                 }
             }
