@@ -88,11 +88,12 @@ pub trait Engine: Send + Sync + 'static {
     /// What it can do.
     fn traits(&self) -> EngineTraits;
 
-    /// Makes sure that the session is still the newest; if it is not, [`Engine::standing`] says so afterwards.
+    /// Makes sure that the session is still the newest; if it is not, [`Engine::standing`] says so afterwards. With `by_name`,
+    /// also that the volume still has the name under which it was opened.
     ///
     /// # Errors
-    /// `Unavailable` if nobody can tell.
-    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>>;
+    /// `Unavailable` if nobody can tell, or if the volume was renamed.
+    fn prove(&self, by_name: bool) -> BoxFuture<'_, Result<(), OpenError>>;
 
     /// Size and loss, to be watched.
     fn standing(&self) -> watch::Receiver<Standing>;

@@ -108,7 +108,7 @@ impl Registry {
         // Another gateway may have taken the volume, and this one not have heard of it: a link that begins must not join what
         // is over. One that resumes goes on as it was, with the metadata server away too.
         if wanted.resumes.is_none() {
-            prove(slot).await?;
+            prove(slot, wanted.known.is_none()).await?;
         }
         let mut session = slot.lock().await;
         if self.leaving.is_cancelled() {
@@ -208,10 +208,11 @@ impl Registry {
 
 /// Makes sure that the session in a slot, if there is one, is still the newest. It is asked without the slot's lock: what is
 /// lost is seen under the lock, and a session that is in the slot by then instead was opened meanwhile, so it needs no proof.
-async fn prove(slot: &Slot) -> Result<(), OpenError> {
+/// Who knows the volume by the name only (`by_name`) must not get one that was renamed since.
+async fn prove(slot: &Slot, by_name: bool) -> Result<(), OpenError> {
     let open = slot.lock().await.clone();
     match open.filter(|open| !open.is_lost()) {
-        Some(open) => open.engine.prove().await,
+        Some(open) => open.engine.prove(by_name).await,
         None => Ok(()),
     }
 }

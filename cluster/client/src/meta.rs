@@ -95,7 +95,7 @@ pub struct Renewal {
 }
 
 /// One session of a renewal.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RenewedSession {
     /// The volume.
     pub volume: VolumeId,
@@ -104,12 +104,14 @@ pub struct RenewedSession {
 }
 
 /// What became of a session.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SessionState {
     /// Still ours.
     Alive {
         /// Bytes of the volume; more than before after a resize.
         size: u64,
+        /// The volume's name; another than before after a rename.
+        name: String,
     },
     /// A newer session exists, or the volume is gone.
     Lost,

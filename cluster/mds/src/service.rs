@@ -189,10 +189,11 @@ impl pb::sessions_server::Sessions for Service {
                 .collect();
             let judged = self.sessions.renew(&asked.gateway, &sessions).await?;
             let renewed = sessions.iter().zip(judged).map(|((id, _), renewed)| match renewed {
-                Renewed::Alive(size) => {
-                    pb::RenewedSession { volume_id: id.get(), lost: false, size_bytes: size }
+                Renewed::Alive(size_bytes, name) => {
+                    let name = name.as_str().to_owned();
+                    pb::RenewedSession { volume_id: id.get(), lost: false, size_bytes, name }
                 }
-                Renewed::Lost => pb::RenewedSession { volume_id: id.get(), lost: true, size_bytes: 0 },
+                Renewed::Lost => pb::RenewedSession { volume_id: id.get(), lost: true, ..Default::default() },
             });
             let lease_ms = millis(self.context.config.lease);
             Ok(pb::RenewSessionsReply { lease_ms, sessions: renewed.collect() })

@@ -44,10 +44,10 @@ pub struct Opened {
 }
 
 /// What a renewal tells about one session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Renewed {
-    /// Alive; the volume's size in bytes now.
-    Alive(u64),
+    /// Alive; the volume's size in bytes and its name now.
+    Alive(u64, VolumeName),
     /// A newer session exists, it was closed, or the volume is gone.
     Lost,
 }
@@ -150,7 +150,7 @@ impl Sessions {
                     if volume.epoch == *epoch
                         && volume.session.as_ref().is_some_and(|session| session.gateway == gateway) =>
                 {
-                    Renewed::Alive(volume.size)
+                    Renewed::Alive(volume.size, volume.name.clone())
                 }
                 _ => Renewed::Lost,
             };
@@ -160,7 +160,7 @@ impl Sessions {
         let now = Instant::now();
         let mut leases = self.context.leases();
         for ((id, epoch), renewed) in sessions.iter().zip(&judged) {
-            if matches!(renewed, Renewed::Alive(_)) {
+            if matches!(renewed, Renewed::Alive(..)) {
                 leases.grant(*id, *epoch, now);
             }
         }

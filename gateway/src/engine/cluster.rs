@@ -97,6 +97,8 @@ struct Volume {
     traits: EngineTraits,
     block_size: BlockSize,
     size: AtomicU64,
+    /// Its name by now; `name` is the one under which it was opened.
+    called: Mutex<String>,
     standing: watch::Sender<Standing>,
     cluster: ClusterClient,
     client: VolumeClient,
@@ -121,6 +123,7 @@ impl Volume {
         };
         let size = opened.geometry.size;
         Self {
+            called: Mutex::new(name.as_str().to_owned()),
             name,
             id: opened.volume,
             traits,
@@ -143,6 +146,27 @@ impl Volume {
         if self.size.fetch_max(size, Ordering::AcqRel) < size {
             info!(volume = %self.name, size, "volume was resized");
             self.standing.send_modify(|now| now.size = now.size.max(size));
+        }
+    }
+
+    /// The volume has this name now.
+    fn renamed(&self, name: &str) {
+        let mut called = self.called.lock().unwrap_or_else(PoisonError::into_inner);
+        if *called != name {
+            info!(volume = %self.name, name, "volume was renamed");
+            name.clone_into(&mut called);
+        }
+    }
+
+    /// Refused if the volume has another name by now than the one under which it was opened: that may be another volume's.
+    fn is_called_so(&self) -> Result<(), OpenError> {
+        let called = self.called.lock().unwrap_or_else(PoisonError::into_inner);
+        match called.as_str() == self.name.as_str() {
+            true => Ok(()),
+            false => Err(OpenError::Unavailable(format!(
+                "the volume that is served under this name was renamed, end its exports first: volume={} name={called}",
+                self.name
+            ))),
         }
     }
 
@@ -204,8 +228,11 @@ impl Engine for ClusterEngine {
         self.volume.traits
     }
 
-    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>> {
-        Box::pin(async move { self.leases.renew(std::slice::from_ref(&self.volume)).await.map_err(refused) })
+    fn prove(&self, by_name: bool) -> BoxFuture<'_, Result<(), OpenError>> {
+        Box::pin(async move {
+            self.leases.renew(std::slice::from_ref(&self.volume)).await.map_err(refused)?;
+            if by_name { self.volume.is_called_so() } else { Ok(()) }
+        })
     }
 
     fn standing(&self) -> watch::Receiver<Standing> {

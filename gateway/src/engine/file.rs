@@ -92,8 +92,8 @@ impl Engine for FileEngine {
         self.traits
     }
 
-    /// A file is locked: nobody takes it.
-    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>> {
+    /// A file is locked: nobody takes it. Which file has the name by now is not looked at.
+    fn prove(&self, _: bool) -> BoxFuture<'_, Result<(), OpenError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 

@@ -254,6 +254,8 @@ struct Gated {
     standing: watch::Sender<Standing>,
     /// Another gateway has the volume, which only the proof finds out; the next open takes it back.
     over: Arc<AtomicBool>,
+    /// The volume has another name by now.
+    renamed: Arc<AtomicBool>,
     /// One permit lets one proof end, without one the metadata server is away.
     proofs: Arc<Semaphore>,
 }
@@ -280,14 +282,17 @@ impl Engine for Gated {
         }
     }
 
-    fn prove(&self) -> BoxFuture<'_, Result<(), OpenError>> {
-        Box::pin(async {
+    fn prove(&self, by_name: bool) -> BoxFuture<'_, Result<(), OpenError>> {
+        Box::pin(async move {
             self.log.lock().expect("unpoisoned").push(("prove", 0));
             self.proofs.acquire().await.expect("open").forget();
             if self.over.load(Ordering::Acquire) {
                 self.standing.send_modify(|now| now.lost = true);
             }
-            Ok(())
+            match by_name && self.renamed.load(Ordering::Acquire) {
+                true => Err(OpenError::Unavailable("renamed".to_owned())),
+                false => Ok(()),
+            }
         })
     }
 
@@ -318,11 +323,14 @@ impl Opener for One {
     fn open<'a>(&'a self, _: &'a VolumeName, _: Wanted) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
         let (log, gate) = (Arc::clone(&self.0.log), Arc::clone(&self.0.gate));
         let (over, proofs) = (Arc::clone(&self.0.over), Arc::clone(&self.0.proofs));
+        let renamed = Arc::clone(&self.0.renamed);
         let standing = match over.swap(false, Ordering::AcqRel) {
             true => watch::Sender::new(Standing { size: SIZE, lost: false }),
             false => self.0.standing.clone(),
         };
-        Box::pin(async move { Ok(Arc::new(Gated { log, gate, standing, over, proofs }) as Arc<dyn Engine>) })
+        Box::pin(async move {
+            Ok(Arc::new(Gated { log, gate, standing, over, renamed, proofs }) as Arc<dyn Engine>)
+        })
     }
 
     fn stop(&self) {}
@@ -340,7 +348,8 @@ impl Bench {
         let standing = watch::Sender::new(Standing { size: SIZE, lost: false });
         let (log, gate, over) = (Arc::default(), Arc::new(Semaphore::new(0)), Arc::default());
         let proofs = Arc::new(Semaphore::new(1000));
-        let engine = Arc::new(Gated { log, gate, standing, over, proofs });
+        let renamed = Arc::default();
+        let engine = Arc::new(Gated { log, gate, standing, over, renamed, proofs });
         let metrics = Arc::new(Metrics::new(&mut Default::default()));
         let leaving = CancellationToken::new();
         let limits = SessionLimits { requests, bytes: 64 << 20, grace };
@@ -437,6 +446,15 @@ async fn a_link_that_knows_another_volume_by_the_name_is_refused() {
                 assert!(refused.text.contains("identity=11 known=12"), "{refused:?}");
             }
         }
+    }
+    // Renamed since, the session is its volume's still, but not that of whoever knows the name only.
+    bench.engine.renamed.store(true, Ordering::Release);
+    for (known, fits) in [(None, false), (Some(gated_volume()), true)] {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+        let welcome = Nebd::knowing(ours, "volume", 3, (Mode::Open, known), false).await.1;
+        let refused = matches!(&welcome, Welcome::Refused(why) if why.refusal == Refusal::Unavailable);
+        assert_eq!(refused, !fits, "{welcome:?}");
     }
     assert_eq!(first.ask(1000, BlockOp::Flush, 0, 0, &[]).await.0, Completion::Done(()));
 }

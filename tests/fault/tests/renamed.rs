@@ -1,9 +1,10 @@
-//! What a nebd kept while its gateway was away is meant for its volume, not for the one that has the name by then.
+//! A name that moves from one volume to another: what a nebd kept while its gateway was away is meant for its volume, and
+//! whoever asks by name gets the volume that has it now.
 
 use spline_fault::block;
 use spline_fault::workload::RECOVERY_LIMIT;
 use spline_harness::nbd::{Connection, Kind};
-use spline_harness::{Cluster, Shape};
+use spline_harness::{Cluster, Export, Shape};
 
 /// ESHUTDOWN: the session is over.
 const ESHUTDOWN: u32 = 108;
@@ -38,4 +39,36 @@ fn what_waited_does_not_land_in_another_volume_of_the_name() {
         let found = client.succeed(Kind::Read, 0, block::BYTES as u32, &[]).expect("reads");
         assert!(found == version.map_or(vec![0; block::BYTES], data), "volume {name}");
     }
+}
+
+#[test]
+fn whoever_asks_by_name_does_not_get_the_volume_that_had_it_before() {
+    let cluster = Cluster::start_as(&Shape::default()).expect("cluster");
+    cluster.create_volume("disk", "1G").expect("volume");
+    cluster.create_volume("other", "1G").expect("volume");
+    let mut export = cluster.export("disk", false).expect("export");
+    let mut old = Connection::open(&export.socket, "disk", RECOVERY_LIMIT).expect("connects");
+    old.succeed(Kind::Write, 0, block::BYTES as u32, &data(1)).expect("writes");
+    for (name, new_name) in [("disk", "old"), ("other", "disk")] {
+        cluster.spline(&["volume", "rename", name, new_name]).expect("renames");
+    }
+    // By force, which another gateway would yield to, and here says only that it is the first link of its own.
+    let starting = std::thread::scope(|scope| {
+        let starting =
+            scope.spawn(|| Export::start_by_force(cluster.dir(), &cluster.gateway_socket(), "disk"));
+        let log = cluster.dir().join("nebd-disk-forced.log");
+        spline_harness::wait_until("the other to be told to wait", RECOVERY_LIMIT, || {
+            Ok(std::fs::read_to_string(&log)?.contains("was renamed, end its exports first").then_some(()))
+        })
+        .expect("is told");
+        // The session of the one that was renamed goes on meanwhile, and ends with its export.
+        old.succeed(Kind::Write, 0, block::BYTES as u32, &data(2)).expect("writes");
+        old.close().expect("closes");
+        export.nebd.terminate(RECOVERY_LIMIT).expect("ends");
+        starting.join().expect("no panic")
+    });
+    let export = starting.expect("serves");
+    let mut new = Connection::open(&export.socket, "disk", RECOVERY_LIMIT).expect("connects");
+    let found = new.succeed(Kind::Read, 0, block::BYTES as u32, &[]).expect("reads");
+    assert!(found == vec![0; block::BYTES], "it is the other volume");
 }

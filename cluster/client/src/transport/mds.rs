@@ -99,7 +99,7 @@ impl Mds {
             volume: VolumeId::new(session.volume_id),
             state: match session.lost {
                 true => SessionState::Lost,
-                false => SessionState::Alive { size: session.size_bytes },
+                false => SessionState::Alive { size: session.size_bytes, name: session.name },
             },
         });
         Ok(Renewal { lease: Duration::from_millis(reply.lease_ms), sessions: sessions.collect() })

@@ -122,8 +122,11 @@ impl Leases {
         self.table().lease = Some(renewal.lease);
         for renewed in &renewal.sessions {
             let Some(volume) = held.iter().find(|volume| volume.id == renewed.volume) else { continue };
-            match renewed.state {
-                SessionState::Alive { size } => volume.resized(size),
+            match &renewed.state {
+                SessionState::Alive { size, name } => {
+                    volume.resized(*size);
+                    volume.renamed(name);
+                }
                 SessionState::Lost => {
                     warn!(volume = %volume.name, epoch = %volume.epoch(), "session is lost to a newer one");
                     volume.lose();
