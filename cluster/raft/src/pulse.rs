@@ -255,4 +255,4 @@ fn start_checkpoints(host: &Arc<HostState>, members: &[Arc<Member>], permits: &A
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

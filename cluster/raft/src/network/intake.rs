@@ -28,7 +28,7 @@ impl Intake {
         Arc::new(Intake { bytes: AtomicU64::new(0), limit })
     }
 
-    /// A place for `request` until it is answered; `None` if there is none now.
+    /// A place for `request` until its reply is queued; `None` if there is none now.
     pub(crate) fn take(self: &Arc<Self>, member: &Arc<Member>, request: &Request) -> Option<Place> {
         let bytes = match request {
             Request::Append(append) => append.entries.iter().map(cost).sum(),
@@ -47,16 +47,23 @@ fn cost(entry: &Entry) -> u64 {
     command_bytes(entry) as u64 + ENTRY_COST
 }
 
-/// Held while a request waits for its answer.
+/// Held while a request waits for its answer, and the answer for its place on the connection.
 pub(crate) struct Place {
     intake: Arc<Intake>,
     member: Arc<Member>,
     bytes: u64,
 }
 
+impl Place {
+    /// The log has the entries, or they are refused: only the answer is left.
+    pub(crate) fn entries_are_kept(&mut self) {
+        self.intake.bytes.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         self.member.unanswered.fetch_sub(1, Ordering::Relaxed);
-        self.intake.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.entries_are_kept();
     }
 }

@@ -23,7 +23,7 @@ pub(crate) fn dispatch(
     replies: FrameSender,
     intake: &Arc<Intake>,
 ) {
-    let Some(place) = intake.take(&member, &request) else {
+    let Some(mut place) = intake.take(&member, &request) else {
         member.metrics.requests_refused.inc();
         return refuse(number, format!("replica takes nothing more now, group={}", member.id), &replies);
     };
@@ -31,9 +31,10 @@ pub(crate) fn dispatch(
     // Unconstrained: the first poll must reach the group's queue, however busy this task has been.
     let mut work = Box::pin(tokio::task::unconstrained(async move {
         let reply = carry_out(&member, request).await;
-        drop(place);
-        // A connection that has gone needs no reply.
+        place.entries_are_kept();
+        // A connection that has gone needs no reply. One that takes none keeps the request's place.
         let _ = replies.send(reply.into_frame(number)).await;
+        drop(place);
     }));
     if is_append && poll_once(work.as_mut()) {
         return;
@@ -95,3 +96,6 @@ async fn carry_out(member: &Arc<Member>, request: Request) -> Reply {
         Request::Beats { .. } => Reply::Refused("heartbeats are for a host".to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests;

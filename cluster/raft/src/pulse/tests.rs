@@ -15,7 +15,7 @@ use crate::state_machine::{Checkpoint, CheckpointJob, SnapshotSink, SnapshotSour
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Answers every command with nothing, keeps nothing.
-struct Nothing;
+pub(crate) struct Nothing;
 
 impl StateMachine for Nothing {
     fn checkpoint(&self) -> Checkpoint {
