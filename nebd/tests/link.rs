@@ -459,6 +459,20 @@ fn a_large_request_gets_its_turn_among_many_busy_clients() {
 }
 
 #[test]
+fn a_client_that_must_read_first_does_not_hold_its_turn() {
+    let (place, _nebd) = Place::serving();
+    let _greedy = [greedy(&place, 4), greedy(&place, 3)];
+    place.gateway.wait("both hold what they may", |control| control.received.len() == 7);
+    let mut behind = Client::connect(&place.nbd());
+    // Comes with the first, so that it waits for memory before there is anything to read.
+    let both = [request(CMD_READ, 1, 0, 8 << 20), request(CMD_READ, 2, 0, 20 << 20)].concat();
+    behind.stream.write_all(&both).expect("writes");
+    place.gateway.wait("its first came", |control| control.received.len() == 8);
+    let mut other = Client::connect(&place.nbd());
+    assert!(other.read(3, 0, 4 << 20) == vec![0; 4 << 20]);
+}
+
+#[test]
 fn what_dropped_clients_asked_for_counts_until_it_is_answered() {
     let (place, _nebd) = Place::serving();
     let gateway = &place.gateway;
