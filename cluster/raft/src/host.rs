@@ -7,9 +7,10 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use futures_util::{StreamExt, stream};
 use openraft::{Config, Raft, SnapshotPolicy};
 use prometheus_client::registry::Registry;
@@ -45,6 +46,8 @@ const QUEUE_MESSAGES: u64 = 8192;
 /// Steps of apply that may wait, each a hundred bytes: far more than a log's limit lets commit.
 const APPLIES_MAX: u64 = 1 << 18;
 
+/// How long a core may take to end after its state machine has failed.
+const CORE_LIMIT: Duration = Duration::from_secs(1);
 /// How long a shutdown makes checkpoints at most: whoever waits for the end of a process does not wait much longer.
 const CHECKPOINTS_LIMIT: Duration = Duration::from_secs(5);
 /// Checkpoints that a shutdown makes at once: each syncs many files, and nothing else wants the disk.
@@ -181,20 +184,29 @@ impl HostState {
         let Parts { log, acks, promise, machine } = parts;
         let core = replica.gone();
         let member = Arc::new(Member::new(self, id, replica, log, acks, promise));
-        let watched = Arc::downgrade(&member);
-        tokio::spawn(async move {
-            tokio::select! {
-                () = core => {}
-                _ = machine => {}
-            }
-            if let Some(member) = watched.upgrade() {
-                member.ended().await;
-            }
-        });
+        tokio::spawn(watch(Arc::downgrade(&member), core, machine));
         self.members.write().unwrap_or_else(PoisonError::into_inner).insert(id, member.clone());
         self.wake.notify_one();
         Group { member, wal: self.wal.clone(), places: self.places.clone() }
     }
+}
+
+/// Waits until a replica has lost its core or its state machine, and makes an end of the rest.
+async fn watch(
+    member: Weak<Member>,
+    mut core: BoxFuture<'static, ()>,
+    machine: oneshot::Receiver<Infallible>,
+) {
+    let core_is_gone = tokio::select! {
+        () = &mut core => true,
+        _ = machine => false,
+    };
+    let Some(member) = member.upgrade().filter(|member| member.falls_silent()) else { return };
+    if !core_is_gone {
+        // Of a state machine that failed the core is told: it ends by itself and says why.
+        drop(tokio::time::timeout(CORE_LIMIT, core).await);
+    }
+    member.ended().await;
 }
 
 fn openraft_config(config: &RaftConfig) -> Result<Config, RaftError> {

@@ -221,11 +221,14 @@ impl Member {
     }
 
     /// The core or the state machine has ended. What the core last published may still say that this replica leads: from
-    /// here on it sends no heartbeat, reads under no lease, accepts none and is reported as stopped.
+    /// here on it sends no heartbeat, reads under no lease, accepts none and is reported as stopped. False if it was
+    /// stopped in order.
+    pub(crate) fn falls_silent(&self) -> bool {
+        !self.stopped.swap(true, Ordering::AcqRel)
+    }
+
+    /// Reports the end of a replica that fell silent, and stops what is left of it.
     pub(crate) async fn ended(&self) {
-        if self.stopped.swap(true, Ordering::AcqRel) {
-            return;
-        }
         self.metrics.replicas_ended.inc();
         // A core that failed has said why; one that panicked could not.
         if self.raft.borrow_watched().running_state.is_ok() {

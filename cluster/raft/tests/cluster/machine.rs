@@ -21,12 +21,24 @@ pub(crate) type Registers = BTreeMap<u64, (u64, u64, Bytes)>;
 
 /// What the test looks into while the group runs.
 #[derive(Clone, Default)]
-pub(crate) struct Shared(pub(crate) Arc<Mutex<Registers>>, Arc<AtomicBool>);
+pub(crate) struct Shared(pub(crate) Arc<Mutex<Registers>>, Arc<Ends>);
+
+/// How the next command that is applied here is the last one.
+#[derive(Default)]
+struct Ends {
+    by_panic: AtomicBool,
+    by_error: AtomicBool,
+}
 
 impl Shared {
-    /// The next command that is applied here is the last one.
+    /// The next command that is applied here panics.
     pub(crate) fn panic_next(&self) {
-        self.1.store(true, Ordering::Relaxed);
+        self.1.by_panic.store(true, Ordering::Relaxed);
+    }
+
+    /// The next command that is applied here fails.
+    pub(crate) fn fail_next(&self) {
+        self.1.by_error.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn value(&self, register: u64) -> Option<Bytes> {
@@ -66,7 +78,10 @@ impl StateMachine for Machine {
     }
 
     async fn apply(&mut self, batch: Vec<(LogPosition, LogCommand)>) -> io::Result<Vec<Answer>> {
-        assert!(!self.shared.1.load(Ordering::Relaxed), "this replica was told to panic");
+        assert!(!self.shared.1.by_panic.load(Ordering::Relaxed), "this replica was told to panic");
+        if self.shared.1.by_error.load(Ordering::Relaxed) {
+            return Err(io::Error::other("this replica was told to fail"));
+        }
         let mut registers = self.shared.0.lock().unwrap();
         let answer = |(at, command): (LogPosition, LogCommand)| {
             let register = command.meta.as_ref().get_u64_le();

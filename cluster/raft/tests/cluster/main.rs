@@ -178,10 +178,22 @@ fn a_leader_whose_state_machine_panics_makes_way() {
     assert_eq!(nodes[at].propose(2, "two"), Err(ProposeError::Unknown));
     // Nothing more is proposed there: it must find out by itself, and its heartbeats must end.
     until("it is reported as stopped", || (nodes[at].role() == Role::Stopped).then_some(()));
-    assert_eq!(nodes[at].count("replicas_ended"), 1);
+    until("it is counted", || (nodes[at].count("replicas_ended") == 1).then_some(()));
     let others: Vec<&Node> = all.iter().copied().filter(|node| node.id != nodes[at].id).collect();
     assert_eq!(write(&others, 1, "three"), 2);
     assert_eq!(others[leader(&others)].shared.value(2).unwrap(), "two", "it was logged");
+}
+
+#[test]
+fn a_replica_whose_state_machine_fails_says_why() {
+    let dirs = dirs(1);
+    let node = alone(&dirs[0], None);
+    node.shared.fail_next();
+    assert!(node.propose(1, "one").is_err());
+    let group = node.group.clone();
+    let why = node.run(async move { group.stopped().await });
+    assert!(why.contains("this replica was told to fail"), "{why}");
+    until("it is reported as stopped", || (node.role() == Role::Stopped).then_some(()));
 }
 
 #[test]
