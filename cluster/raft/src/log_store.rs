@@ -263,6 +263,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let done = WalDone::call(move |outcome| {
             drop(places);
             log.synced(batch, &outcome);
+            // Before anybody is told: who closes the log then waits for its end, instead of this thread.
+            drop(log);
             callback.io_completed(outcome);
         });
         self.0.wal.append(self.0.group, entries, done);
