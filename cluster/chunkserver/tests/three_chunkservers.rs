@@ -158,6 +158,15 @@ impl Client {
 }
 
 async fn start(dir: &std::path::Path, mds: SocketAddr, listen: &str) -> Chunkserver {
+    start_counting(dir, mds, listen, &mut Registry::default()).await
+}
+
+async fn start_counting(
+    dir: &std::path::Path,
+    mds: SocketAddr,
+    listen: &str,
+    counters: &mut Registry,
+) -> Chunkserver {
     let config = Config {
         data_dir: dir.to_owned(),
         listen: listen.into(),
@@ -165,7 +174,7 @@ async fn start(dir: &std::path::Path, mds: SocketAddr, listen: &str) -> Chunkser
         spare_chunks: 2,
         ..Config::default()
     };
-    Chunkserver::start(config, &mut Registry::default()).await.expect("starts")
+    Chunkserver::start(config, counters).await.expect("starts")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -227,6 +236,28 @@ async fn io_fencing_restart_and_a_lost_server() {
     for server in servers {
         server.shutdown().await;
     }
+}
+
+/// A planned restart does not pay for what was written before it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_after_a_clean_stop_replays_nothing() {
+    let mds = Mds::new(1);
+    let (at, _serving) = mds.serve("127.0.0.1:0").await;
+    let dir = tempfile::tempdir().expect("tempdir");
+    let server = start(dir.path(), at, "127.0.0.1:0").await;
+    let mut client = Client::new(&[server.wire_address()]);
+    client.ask(ChunkOp::Write, 1, 0, 300_000, &[7; 300_000]).await.expect("writes");
+    server.shutdown().await;
+
+    let mut counters = Registry::default();
+    let server = start_counting(dir.path(), at, "127.0.0.1:0", &mut counters).await;
+    let mut client = Client::new(&[server.wire_address()]);
+    let read = client.ask(ChunkOp::Read, 1, 0, 300_000, b"").await.expect("reads");
+    assert!(read.iter().all(|byte| *byte == 7));
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &counters).expect("encodes");
+    assert!(text.lines().any(|line| line == "spline_raft_replayed_total 0"), "{text}");
+    server.shutdown().await;
 }
 
 /// Lease reads rest on one election time: a chunkserver with another one does not start, whether it is new or not.
