@@ -1,24 +1,26 @@
-//! Disk operations by io_uring: one ring and one thread per file. Everything that was queued while the thread was
-//! away is submitted with one call, and one eventfd write wakes it for a whole burst.
+//! Disk operations by io_uring: one ring and one task per file. What a link queued in one go is submitted with one
+//! call, by the thread that queued it; the ring's descriptor tells the runtime of completions, so that no thread waits
+//! for them alone.
 //!
 //! Called by the file engine, which chooses between this and threads when it opens a file.
 #![allow(unsafe_code)]
 
 use super::job::{Action, Descriptors, Job};
+use futures_util::task::AtomicWaker;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::JoinHandle;
+use std::task::{Context, Poll, ready};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
-/// Operations in the kernel at once; more wait in the thread's backlog. As deep as fast disks like it.
+/// Operations in the kernel at once; more wait in the task's backlog. As deep as fast disks like it.
 const DEPTH: u32 = 256;
-/// Marks the completion of the read on the eventfd; no slot has this number.
-const WAKE: u64 = u64::MAX;
 /// Place of each descriptor in the ring's table.
 const BUFFERED: u32 = 0;
 const DIRECT: u32 = 1;
@@ -28,21 +30,21 @@ const TRANSFER_MAX: usize = 1 << 30;
 /// A ring that serves one file.
 pub(super) struct Ring {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Disconnected when the task has ended.
+    ended: Mutex<mpsc::Receiver<()>>,
 }
 
+#[derive(Default)]
 struct Shared {
     state: Mutex<State>,
-    /// Wakes the thread out of the kernel.
-    wake: OwnedFd,
+    /// The task, when it sleeps.
+    task: AtomicWaker,
 }
 
 #[derive(Default)]
 struct State {
     /// Bounded by admission: each job belongs to an admitted request.
     jobs: Vec<Job>,
-    /// The thread is in the kernel, or about to be, and must be woken for a new job.
-    asleep: bool,
     closed: bool,
 }
 
@@ -50,35 +52,26 @@ impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn wake(&self) {
-        // Can fail only when the counter is full, and then the thread is being woken.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-    }
 }
 
 impl Ring {
-    /// Starts a ring, if the kernel has one that can do all that is needed.
+    /// Starts a ring on the runtime of the caller, if the kernel has one that can do all that is needed.
     ///
     /// # Errors
     /// Why not; threads serve instead.
     pub(super) fn start(files: &Arc<Descriptors>) -> io::Result<Self> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC)?;
-        let shared = Arc::new(Shared { state: Mutex::default(), wake });
-        let (told, tell) = (mpsc::channel(), Arc::clone(&shared));
-        let (files, started) = (Arc::clone(files), told.0);
-        let thread = std::thread::Builder::new().name("file-ring".into()).spawn(move || {
-            // Made here: a ring of one issuer belongs to the thread that made it.
-            match build(&files) {
-                Ok(ring) => {
-                    drop(started.send(Ok(())));
-                    Reactor::new(ring, tell, files).run();
-                }
-                Err(error) => drop(started.send(Err(error))),
-            }
-        })?;
-        told.1.recv().map_err(|_| io::Error::other("ring thread has died"))??;
-        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+        let runtime = tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
+        let ring = build(files)?;
+        // SAFETY: a ring owns its descriptor, and keeps it until it is dropped.
+        let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
+        let shared = Arc::new(Shared::default());
+        let (alive, ended) = mpsc::channel();
+        let mut reactor = Reactor::new(ring, Arc::clone(&shared), Arc::clone(files));
+        runtime.spawn(async move {
+            poll_fn(|cx| reactor.poll(cx)).await;
+            drop((reactor, alive));
+        });
+        Ok(Self { shared, ended: Mutex::new(ended) })
     }
 
     /// Queues a job; after the close it is dropped, which its owner is told.
@@ -88,26 +81,23 @@ impl Ring {
             return;
         }
         state.jobs.push(job);
-        let asleep = std::mem::take(&mut state.asleep);
         drop(state);
-        if asleep {
-            self.shared.wake();
-        }
+        self.shared.task.wake();
     }
 
-    /// Does what is queued and ends the thread. Blocks.
+    /// Has done what is queued and ends the task. Blocks.
     pub(super) fn close(&self) {
         self.shared.state().closed = true;
-        self.shared.wake();
-        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            let _ = thread.join();
-        }
+        self.shared.task.wake();
+        // An error is what tells the end.
+        let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv();
     }
 }
 
 fn build(files: &Descriptors) -> io::Result<IoUring> {
-    let modern = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(DEPTH);
-    // Kernels before 6.1 know neither flag.
+    // A completion waits for the next entry into the kernel of the thread that submitted, rather than interrupt it.
+    let modern = IoUring::builder().setup_coop_taskrun().build(DEPTH);
+    // Kernels before 5.19 do not know the flag.
     let ring = modern.or_else(|_| IoUring::new(DEPTH))?;
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
@@ -127,93 +117,82 @@ struct Flight {
     moved: usize,
 }
 
-/// The thread's side: the only owner of the ring and of every job in it.
+/// The task's side: the only owner of the ring and of every job in it.
 struct Reactor {
-    ring: IoUring,
+    ring: AsyncFd<IoUring>,
     shared: Arc<Shared>,
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
     backlog: VecDeque<Flight>,
-    /// Where the kernel puts the eventfd's counter; boxed, so that it stays where it is.
-    woken: Box<[u8; 8]>,
-    /// The eventfd is being read.
-    listening: bool,
+    /// Swapped with the queue of new jobs, so that both keep their memory.
+    fresh: Vec<Job>,
     _files: Arc<Descriptors>,
 }
 
 impl Reactor {
-    fn new(ring: IoUring, shared: Arc<Shared>, files: Arc<Descriptors>) -> Self {
-        // One place in the ring is for the eventfd.
-        let slots = DEPTH as usize - 1;
+    fn new(ring: AsyncFd<IoUring>, shared: Arc<Shared>, files: Arc<Descriptors>) -> Self {
+        let slots = DEPTH as usize;
         Self {
             ring,
             shared,
             flights: (0..slots).map(|_| None).collect(),
             free: (0..slots).rev().collect(),
             backlog: VecDeque::new(),
-            woken: Box::default(),
-            listening: false,
+            fresh: Vec::new(),
             _files: files,
         }
     }
 
-    fn run(mut self) {
-        let mut fresh = Vec::new();
+    /// Ready when the ring is closed and everything is done, or the kernel does not take operations.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.shared.task.register(cx.waker());
         loop {
-            let closed = {
-                let mut state = self.shared.state();
-                std::mem::swap(&mut state.jobs, &mut fresh);
-                // Whoever queues from now on wakes the kernel's wait below.
-                state.asleep = true;
-                state.closed
-            };
-            self.backlog.extend(fresh.drain(..).map(|job| Flight { job, moved: 0 }));
-            if !closed {
-                self.listen();
-            }
+            let closed = self.take_jobs();
             self.launch();
-            let idle = self.free.len() == self.flights.len();
-            // Nothing is queued after the close, and the close has written to the eventfd: its read will end.
-            if closed && idle && !self.listening {
-                return;
+            if let Err(error) = self.submit() {
+                tracing::error!(%error, "io_uring does not take operations, file requests fail");
+                return Poll::Ready(());
             }
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The completion queue is full: taking from it helps.
-                Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {}
+            if self.land() {
+                continue;
+            }
+            let idle = self.free.len() == self.flights.len() && self.backlog.is_empty();
+            if closed && idle {
+                return Poll::Ready(());
+            }
+            match ready!(self.ring.poll_read_ready(cx)) {
+                // What has ended since the look above made the descriptor ready anew, which this does not undo.
+                Ok(mut guard) => guard.clear_ready(),
                 Err(error) => {
-                    tracing::error!(%error, "io_uring does not take operations, file requests fail");
-                    return self.abandon();
+                    tracing::error!(%error, "io_uring can not be waited for, file requests fail");
+                    return Poll::Ready(());
                 }
             }
-            self.shared.state().asleep = false;
-            self.land();
         }
     }
 
-    /// Fails everything; the kernel may still use the buffers of what is in flight, so that none may be freed.
-    fn abandon(mut self) {
+    /// Gives the kernel what is in the submission queue.
+    fn submit(&mut self) -> io::Result<()> {
+        while !self.ring.get_mut().submission().is_empty() {
+            match self.ring.get_ref().submit() {
+                Ok(_) => {}
+                // The completion queue is full: taking from it helps, and then this is called again.
+                Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts new jobs into the backlog; answers whether there will be no more.
+    fn take_jobs(&mut self) -> bool {
         let mut state = self.shared.state();
-        state.closed = true;
-        state.jobs.clear();
+        std::mem::swap(&mut state.jobs, &mut self.fresh);
+        let closed = state.closed;
         drop(state);
-        self.backlog.clear();
-        for flight in self.flights.iter_mut().flatten() {
-            let (nobody, _) = oneshot::channel();
-            drop(std::mem::replace(&mut flight.job.done, nobody));
-        }
-        std::mem::forget(self);
-    }
-
-    /// Has the eventfd read, unless it is being read.
-    fn listen(&mut self) {
-        if !self.listening {
-            self.listening = true;
-            let fd = types::Fd(self.shared.wake.as_raw_fd());
-            let entry = opcode::Read::new(fd, self.woken.as_mut_ptr(), 8).build().user_data(WAKE);
-            self.push(&entry);
-        }
+        self.backlog.extend(self.fresh.drain(..).map(|job| Flight { job, moved: 0 }));
+        closed
     }
 
     /// Puts the backlog into the submission queue.
@@ -228,36 +207,34 @@ impl Reactor {
     }
 
     fn push(&mut self, entry: &squeue::Entry) {
-        // SAFETY: the entry's memory is the flight's buffer or `woken`: both stay in place, and alive until the
-        // completion is taken, in `flights` and `self`, which a failing ring leaks rather than frees.
-        let pushed = unsafe { self.ring.submission().push(entry) };
-        // One entry per slot and one for the eventfd: no more than the queue has room for.
+        // SAFETY: the entry's memory is the flight's buffer, which stays in place, and alive until the completion is
+        // taken, in `flights`: a reactor that is dropped before that leaks it.
+        let pushed = unsafe { self.ring.get_mut().submission().push(entry) };
+        // One entry per slot: no more than the queue has room for.
         pushed.expect("the submission queue has a place for every slot");
     }
 
-    /// Takes what has ended.
-    fn land(&mut self) {
+    /// Takes what has ended; answers whether anything had.
+    fn land(&mut self) -> bool {
         let mut ended: [(u64, i32); 64] = [(0, 0); 64];
+        let mut any = false;
         loop {
             let mut count = 0;
-            for (place, entry) in ended.iter_mut().zip(self.ring.completion()) {
+            for (place, entry) in ended.iter_mut().zip(self.ring.get_mut().completion()) {
                 *place = (entry.user_data(), entry.result());
                 count += 1;
             }
             for &(user_data, result) in &ended[..count] {
                 self.landed(user_data, result);
             }
+            any |= count > 0;
             if count < ended.len() {
-                return;
+                return any;
             }
         }
     }
 
     fn landed(&mut self, user_data: u64, result: i32) {
-        if user_data == WAKE {
-            self.listening = false;
-            return;
-        }
         let slot = user_data as usize;
         let Some(mut flight) = self.flights.get_mut(slot).and_then(Option::take) else {
             return tracing::error!(user_data, "io_uring answered an operation that is not under way");
@@ -280,6 +257,21 @@ impl Reactor {
         match Errno::from_raw_os_error(-result) {
             Errno::INTR | Errno::AGAIN => self.backlog.push_front(flight),
             error => flight.job.finish(Err(error)),
+        }
+    }
+}
+
+impl Drop for Reactor {
+    /// Fails everything; the kernel may still use the buffers of what is in flight, so that none may be freed.
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        state.closed = true;
+        state.jobs.clear();
+        drop(state);
+        for mut flight in self.flights.drain(..).flatten() {
+            let (nobody, _) = oneshot::channel();
+            drop(std::mem::replace(&mut flight.job.done, nobody));
+            std::mem::forget(flight);
         }
     }
 }
