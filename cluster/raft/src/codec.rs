@@ -5,7 +5,8 @@
 //!
 //! - leader: term u64 | node u64; position: leader | index u64; optional x: 0, or 1 followed by x.
 //! - vote record: version | leader | committed u8.
-//! - entry header: version | kind u8 | leader | (kind membership: sets); the index is the log's own.
+//! - entry header: version | kind u8 | leader | (kind membership: sets); the index is the log's own. A bundle's commands
+//!   lie in its payload (`bundle`).
 //! - sets: configs u32 { count u32 | node u64 … } … | nodes u32 | node u64 …
 //! - membership record: version | optional position | sets.
 
@@ -24,12 +25,18 @@ use crate::types::{Entry, LeaderId, LogId, Membership, StoredMembership, Vote};
 /// - 1: the first.
 pub(crate) const RECORD_VERSION: u8 = 1;
 
+/// Versions of an entry's header, newest first. An entry is written with the oldest that knows its kind.
+/// - 2: bundles.
+/// - 1: the first.
+const ENTRY_VERSION: u8 = 2;
+
 /// Most members a group may list: a foreign length is checked against it before anything is allocated (`bounded`).
 const MEMBERS_MAX: u32 = 1024;
 
 const KIND_BLANK: u8 = 0;
 const KIND_COMMAND: u8 = 1;
 const KIND_MEMBERSHIP: u8 = 2;
+const KIND_BUNDLE: u8 = 3;
 
 /// Why bytes could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -231,12 +238,13 @@ pub(crate) fn stored(reader: &mut Reader<'_>) -> Result<StoredMembership, Decode
 /// The header of an entry in the log, and the command that lies beside it (empty if it has none).
 pub(crate) fn encode_entry(entry: Entry) -> (u64, Bytes, LogCommand) {
     let mut out = BytesMut::with_capacity(18);
-    out.put_u8(RECORD_VERSION);
-    let kind = match &entry.payload {
-        EntryPayload::Blank => KIND_BLANK,
-        EntryPayload::Normal(_) => KIND_COMMAND,
-        EntryPayload::Membership(_) => KIND_MEMBERSHIP,
+    let (version, kind) = match &entry.payload {
+        EntryPayload::Blank => (1, KIND_BLANK),
+        EntryPayload::Normal(placed) if placed.is_bundle => (2, KIND_BUNDLE),
+        EntryPayload::Normal(_) => (1, KIND_COMMAND),
+        EntryPayload::Membership(_) => (1, KIND_MEMBERSHIP),
     };
+    out.put_u8(version);
     out.put_u8(kind);
     out.put_u64_le(entry.log_id.leader_id.term);
     out.put_u64_le(entry.log_id.leader_id.node_id);
@@ -254,12 +262,16 @@ pub(crate) fn encode_entry(entry: Entry) -> (u64, Bytes, LogCommand) {
 /// Reads [`encode_entry`]'s bytes.
 pub(crate) fn decode_entry(index: u64, header: &[u8], command: LogCommand) -> Result<Entry, DecodeError> {
     let mut reader = Reader(header);
-    reader.version("entry", RECORD_VERSION)?;
+    let version = reader.u8("entry version")?;
+    if !(1..=ENTRY_VERSION).contains(&version) {
+        return Err(DecodeError::Version { what: "entry", version });
+    }
     let kind = reader.u8("entry kind")?;
     let leader = reader.leader()?;
     let payload = match kind {
         KIND_BLANK => EntryPayload::Blank,
         KIND_COMMAND => EntryPayload::Normal(Placed::from(command)),
+        KIND_BUNDLE if version >= 2 => EntryPayload::Normal(Placed { command, place: None, is_bundle: true }),
         KIND_MEMBERSHIP => EntryPayload::Membership(reader.sets()?),
         value => return Err(DecodeError::Value { what: "entry kind", value: value.into() }),
     };

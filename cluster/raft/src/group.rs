@@ -186,19 +186,21 @@ impl Group {
             self.require_room()?;
             return Err(ProposeError::Overloaded.into());
         };
-        let command = Placed { command, place: Some(place) };
+        let command = Placed { command, place: Some(place), is_bundle: false };
         let (proposer, outcome) = proposer();
         let queued = self.member.rounds.send(Proposal { command, proposer }).await;
         if queued.is_err() || !self.member.is_running() {
             return Err(ProposeError::Stopped.into());
         }
-        match outcome.await {
-            Ok(Ok(applied)) => Ok(applied.data),
-            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => match forward.reason {
+        let Ok((entry, number)) = outcome.await else { return Err(ProposeError::Unknown.into()) };
+        let entry = entry.lock().expect("nothing panics under the lock");
+        match &*entry {
+            Ok(applied) => applied.data.get(number).cloned().ok_or(ProposeError::Unknown.into()),
+            Err(ClientWriteError::ForwardToLeader(forward)) => match forward.reason {
                 ForwardReason::LeaseExpired => Err(Refusal::Idle),
                 _ => Err(ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) }.into()),
             },
-            Ok(Err(_)) | Err(_) => Err(ProposeError::Unknown.into()),
+            Err(_) => Err(ProposeError::Unknown.into()),
         }
     }
 

@@ -4,7 +4,7 @@
 //! checkpoints and snapshots as opaque items.
 //! Must never know: what a command means, chunk files, volumes, the MDS.
 //!
-//! Modules in the order in which a proposal meets them: [`group`] → `places` → `rounds` → `replica` (openraft) → `log_store` →
+//! Modules in the order in which a proposal meets them: [`group`] → `places` → `rounds` (and `bundle`) → `replica` (openraft) → `log_store` →
 //! [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock, `promise` what
 //! followers owe their leader, both by `clock`, `snapshot` moves whole states, `codec` holds the encodings, `types` openraft's parameters;
 //! [`command`] and [`error`] are the vocabulary.
@@ -16,6 +16,7 @@ pub mod host;
 pub mod state_machine;
 pub mod wal;
 
+mod bundle;
 mod clock;
 mod codec;
 mod log_store;

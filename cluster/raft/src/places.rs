@@ -72,6 +72,8 @@ pub(crate) struct Placed {
     pub(crate) command: LogCommand,
     /// `None` if the entry came from a peer or from the log.
     pub(crate) place: Option<Place>,
+    /// The command is several, tied by [`bundle`](crate::bundle).
+    pub(crate) is_bundle: bool,
 }
 
 impl Placed {
@@ -83,13 +85,13 @@ impl Placed {
 impl Clone for Placed {
     /// A place is held once: the copy has none.
     fn clone(&self) -> Placed {
-        Placed::from(self.command.clone())
+        Placed { command: self.command.clone(), place: None, is_bundle: self.is_bundle }
     }
 }
 
 impl From<LogCommand> for Placed {
     fn from(command: LogCommand) -> Placed {
-        Placed { command, place: None }
+        Placed { command, place: None, is_bundle: false }
     }
 }
 

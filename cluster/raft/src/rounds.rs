@@ -8,13 +8,15 @@
 //! `bounded`: a group's queue has [`QUEUE`] places. Large proposals neither wait nor are waited for, and what is not done
 //! after [`ROUND_WAIT`] is left behind: a group without a majority must not stop its neighbours.
 
+use std::iter::Peekable;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 
+use crate::bundle;
 use crate::metrics::Metrics;
-use crate::places::Placed;
+use crate::places::{Place, Placed};
 use crate::replica::Replica;
 use crate::types::{Proposed, Proposer};
 
@@ -116,14 +118,37 @@ async fn run(
     let mut round = Vec::new();
     while gather(&mut round, &mut queue, &flight).await {
         metrics.round_proposals.observe(round.len() as f64);
-        for mut proposal in round.drain(..) {
-            if proposal.command.bytes() <= ROUND_BYTES {
+        let mut proposals = round.drain(..).peekable();
+        while let Some(first) = proposals.next() {
+            let mut proposal = bundled(first, &mut proposals);
+            if proposal.command.is_bundle || proposal.command.bytes() <= ROUND_BYTES {
                 proposal.proposer.seat = Some(Seat::take(&flight));
             }
-            // A replica that has stopped drops the proposer, which is what its owner hears.
+            // A replica that has stopped drops the proposer, which is what its owners hear.
             let _ = replica.propose(proposal.command, proposal.proposer).await;
         }
     }
+}
+
+/// `first`, and in a bundle with it those of `rest` that follow and are small.
+fn bundled(first: Proposal, rest: &mut Peekable<impl Iterator<Item = Proposal>>) -> Proposal {
+    let is_small = |proposal: &Proposal| proposal.command.bytes() <= bundle::COMMAND_BYTES_MAX;
+    if !is_small(&first) || !rest.peek().is_some_and(is_small) {
+        return first;
+    }
+    let Proposal { command: Placed { command, mut place, .. }, mut proposer } = first;
+    let mut bytes = command.bytes();
+    let mut commands = vec![command];
+    while bytes < bundle::BYTES
+        && commands.len() < bundle::COMMANDS_MAX
+        && let Some(next) = rest.next_if(is_small)
+    {
+        bytes += next.command.bytes();
+        Place::join(&mut place, next.command.place);
+        commands.push(next.command.command);
+        proposer.join(next.proposer);
+    }
+    Proposal { command: Placed { command: bundle::tie(commands.iter()), place, is_bundle: true }, proposer }
 }
 
 /// The next round into `round`; false if nobody can propose any more.
@@ -190,6 +215,29 @@ mod tests {
         assert_eq!((next.len(), begun.elapsed()), (3, Duration::ZERO));
         drop(sender);
         assert!(!gather(&mut next, &mut queue, &flight).await);
+    }
+
+    #[test]
+    fn small_proposals_in_a_row_become_bundles() {
+        let sizes = [4096, 512, 1 << 20, 4096, 32 << 10, 16 << 10, 16 << 10, 16 << 10, 16 << 10, 16 << 10, 1];
+        let mut round = sizes.map(proposal).into_iter().peekable();
+        let mut entries = Vec::new();
+        while let Some(first) = round.next() {
+            let Proposal { command, proposer } = bundled(first, &mut round);
+            let commands = match command.is_bundle {
+                true => bundle::untie(&command.command).expect("a bundle"),
+                false => vec![command.command],
+            };
+            assert_eq!(proposer.waiting(), commands.len());
+            entries.push(commands.iter().map(|command| command.payload.len()).collect::<Vec<_>>());
+        }
+        let expected: [&[usize]; 6] =
+            [&[4096, 512], &[1 << 20], &[4096], &[32 << 10], &[16 << 10; 4], &[16 << 10, 1]];
+        assert_eq!(entries, expected);
+
+        let mut round = (0..bundle::COMMANDS_MAX + 1).map(|_| proposal(1)).peekable();
+        let first = round.next().expect("there is one");
+        assert_eq!(bundled(first, &mut round).proposer.waiting(), bundle::COMMANDS_MAX);
     }
 
     #[tokio::test(start_paused = true)]

@@ -26,7 +26,7 @@ pub struct Checkpoint {
 /// The replicated state of one group.
 ///
 /// `apply` is called with committed entries in log order. After a restart everything past the last durable checkpoint
-/// is applied again, so it must be idempotent.
+/// is applied again, so it must be idempotent. Commands of one entry share its position and come in one batch.
 pub trait StateMachine: Send + Sync + 'static {
     /// What the last durable checkpoint recorded; read once when the group starts.
     fn checkpoint(&self) -> Checkpoint;

@@ -4,6 +4,7 @@ use openraft::impls::{BoxedErrorSource, EmptyNode, InlineBatch, TokioRuntime, le
 use openraft::raft::ClientWriteResult;
 use openraft::raft::responder::Responder;
 use openraft::{EntryPayload, OptionalSend, RaftTypeConfig, alias};
+use std::sync::{Arc, Mutex};
 use tokio::sync::oneshot;
 
 use crate::command::{Answer, LogPosition};
@@ -17,7 +18,7 @@ pub(crate) struct TypeConfig;
 
 impl RaftTypeConfig for TypeConfig {
     type D = Placed;
-    type R = Answer;
+    type R = Vec<Answer>;
     type NodeId = u64;
     type Node = EmptyNode;
     type Term = u64;
@@ -51,25 +52,46 @@ pub(crate) type TransferRequest = openraft::raft::TransferLeaderRequest<TypeConf
 pub(crate) type RpcError = openraft::errors::RPCError<TypeConfig>;
 pub(crate) type MetricsReceiver = alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>;
 
-/// Hands the outcome of a proposal to whoever waits; a waiter that has gone needs no answer.
+/// Hands the outcome of an entry to whoever waits for one of its commands; a waiter that has gone needs no answer.
 pub(crate) struct Proposer<T> {
-    outcome: oneshot::Sender<T>,
+    /// One for each command of the entry.
+    waiting: Vec<oneshot::Sender<Outcome<T>>>,
     /// Its place in the round in which it was proposed.
     pub(crate) seat: Option<Seat>,
 }
+
+/// The outcome of an entry, for all who wait for it, and the number of the command in it. The lock is only there because
+/// openraft's outcomes can not be looked at by two threads.
+pub(crate) type Outcome<T> = (Arc<Mutex<T>>, usize);
 
 /// The outcome of a proposal as openraft reports it.
 pub(crate) type Proposed = ClientWriteResult<TypeConfig>;
 
 /// A proposer and the receiver of its outcome.
-pub(crate) fn proposer() -> (Proposer<Proposed>, oneshot::Receiver<Proposed>) {
+pub(crate) fn proposer() -> (Proposer<Proposed>, oneshot::Receiver<Outcome<Proposed>>) {
     let (sender, receiver) = oneshot::channel();
-    (Proposer { outcome: sender, seat: None }, receiver)
+    (Proposer { waiting: vec![sender], seat: None }, receiver)
+}
+
+impl<T> Proposer<T> {
+    /// Adds those who wait for commands that follow in the same entry.
+    pub(crate) fn join(&mut self, other: Proposer<T>) {
+        self.waiting.extend(other.waiting);
+    }
+
+    /// How many wait.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
 }
 
 impl<T: OptionalSend + 'static> Responder<TypeConfig, T> for Proposer<T> {
     fn on_complete(self, result: T) {
-        drop(self.outcome.send(result));
+        let result = Arc::new(Mutex::new(result));
+        for (number, waiting) in self.waiting.into_iter().enumerate() {
+            drop(waiting.send((Arc::clone(&result), number)));
+        }
     }
 }
 

@@ -51,6 +51,9 @@ fn golden_records() {
     assert_eq!(hex(&blank), format!("0100{leader}"));
     let (_, command, _) = encode_entry(entry(EntryPayload::Normal(Placed::default())));
     assert_eq!(hex(&command), format!("0101{leader}"));
+    let bundle = Placed { is_bundle: true, ..Placed::default() };
+    let (_, bundle, _) = encode_entry(entry(EntryPayload::Normal(bundle)));
+    assert_eq!(hex(&bundle), format!("0203{leader}"));
     let (_, members, _) = encode_entry(entry(EntryPayload::Membership(membership())));
     assert_eq!(hex(&members), format!("0102{leader}{}", sets()));
 }

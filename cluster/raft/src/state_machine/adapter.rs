@@ -9,19 +9,18 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot};
 use tokio::sync::oneshot;
 
-use crate::codec;
 use crate::command::{GroupId, LogCommand, LogPosition};
 use crate::log_store::LogStore;
 use crate::metrics::Metrics;
 use crate::places::Placed;
 use crate::state_machine::{Checkpoint, CheckpointJob, SnapshotSink, SnapshotSource, StateMachine};
 use crate::types::{LogId, SnapshotMeta, StoredMembership, TypeConfig, log_id, position};
+use crate::{bundle, codec};
 
 /// A batch given to `apply` ends at this many bytes (one larger command goes alone) …
 const BATCH_BYTES_MAX: usize = 4 << 20;
@@ -105,9 +104,12 @@ impl<S: StateMachine> Adapter<S> {
             return Err(io::Error::other("apply did not return one answer per command"));
         }
         self.metrics.applied.inc_by(count as u64);
-        for (responder, answer) in batch.responders.drain(..).zip(answers) {
-            if let Some(responder) = responder {
-                responder.send(answer);
+        let mut answers = answers.into_iter();
+        for (commands, responder) in batch.responders.drain(..) {
+            let answers = answers.by_ref().take(commands);
+            match responder {
+                Some(responder) => responder.send(answers.collect()),
+                None => answers.for_each(drop),
             }
         }
         batch.bytes = 0;
@@ -123,11 +125,11 @@ impl<S: StateMachine> Adapter<S> {
         while let Some((entry, responder)) = entries.try_next().await? {
             last = Some(entry.log_id);
             match entry.payload {
-                EntryPayload::Normal(Placed { command, .. }) => {
-                    if batch.is_full(&command) {
+                EntryPayload::Normal(placed) => {
+                    if batch.is_full(&placed) {
                         self.flush(&mut batch).await?;
                     }
-                    batch.push(position(&entry.log_id), command, responder);
+                    batch.push(position(&entry.log_id), placed, responder)?;
                 }
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(entry.log_id), membership);
@@ -144,27 +146,41 @@ impl<S: StateMachine> Adapter<S> {
 
 fn answer_empty(responder: Option<ApplyResponder<TypeConfig>>) {
     if let Some(responder) = responder {
-        responder.send(Bytes::new());
+        responder.send(Vec::new());
     }
 }
 
 #[derive(Default)]
 struct Batch {
     commands: Vec<(LogPosition, LogCommand)>,
-    responders: Vec<Option<ApplyResponder<TypeConfig>>>,
+    /// How many commands of the batch are of one entry, and who waits for their answers.
+    responders: Vec<(usize, Option<ApplyResponder<TypeConfig>>)>,
     bytes: usize,
 }
 
 impl Batch {
-    fn is_full(&self, next: &LogCommand) -> bool {
+    fn is_full(&self, next: &Placed) -> bool {
         self.commands.len() >= BATCH_COMMANDS_MAX
-            || (!self.commands.is_empty() && self.bytes + next.payload.len() > BATCH_BYTES_MAX)
+            || (!self.commands.is_empty() && self.bytes + next.bytes() > BATCH_BYTES_MAX)
     }
 
-    fn push(&mut self, at: LogPosition, command: LogCommand, responder: Option<ApplyResponder<TypeConfig>>) {
-        self.bytes += command.bytes();
-        self.commands.push((at, command));
-        self.responders.push(responder);
+    /// Adds an entry: its commands stay in one batch, since they share a position.
+    fn push(
+        &mut self,
+        at: LogPosition,
+        placed: Placed,
+        responder: Option<ApplyResponder<TypeConfig>>,
+    ) -> io::Result<()> {
+        self.bytes += placed.bytes();
+        let before = self.commands.len();
+        if placed.is_bundle {
+            let commands = bundle::untie(&placed.command)?;
+            self.commands.extend(commands.into_iter().map(|command| (at, command)));
+        } else {
+            self.commands.push((at, placed.command));
+        }
+        self.responders.push((self.commands.len() - before, responder));
+        Ok(())
     }
 }
 

@@ -1,9 +1,9 @@
 //! A small state machine: numbered registers in memory, checkpointed to one file.
 //!
 //! A command's meta is the register (u64), its payload the value. The answer is how many distinct writes the register
-//! has had, which a replay must not change: each write carries its own position.
+//! has had, which a replay must not change: each write carries its entry's position.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,12 +83,18 @@ impl StateMachine for Machine {
             return Err(io::Error::other("this replica was told to fail"));
         }
         let mut registers = self.shared.0.lock().unwrap();
+        // The entry that is being applied, and the registers that it was newer than.
+        let (mut entry, mut newer) = (None, BTreeSet::new());
         let answer = |(at, command): (LogPosition, LogCommand)| {
+            if entry.replace(at) != Some(at) {
+                newer.clear();
+            }
             let register = command.meta.as_ref().get_u64_le();
             let (writes, last, value) = registers.entry(register).or_default();
             // Idempotent: what the checkpoint already holds is not counted again.
-            if at.index > *last {
+            if at.index > *last || newer.contains(&register) {
                 (*writes, *last, *value) = (*writes + 1, at.index, command.payload);
+                newer.insert(register);
             }
             Bytes::copy_from_slice(&writes.to_le_bytes())
         };

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use bytes::Buf;
 use node::{Node, command, dirs, introduce, leader, three, until, write};
 use spline_raft::{NodeId, ProposeError, RaftConfig, Role};
 
@@ -59,6 +60,49 @@ fn acked_is_durable_when_all_hosts_die_at_once() {
 
 /// The lease of the hosts here, which is the default.
 const LEASE: Duration = Duration::from_secs(1);
+
+#[test]
+fn commands_that_share_an_entry_are_applied_and_answered_one_by_one() {
+    const WRITES: u64 = 200;
+    let dirs = dirs(3);
+    let mut nodes = three(&dirs);
+    let all: Vec<&Node> = nodes.iter().collect();
+    write(&all, 0, "first");
+    let node = &nodes[leader(&all)];
+    let entries = || node.group.status().last_log.expect("there is a log").index;
+    let (before, group) = (entries(), node.group.clone());
+    let answers = node.run(async move {
+        let proposals = (0..WRITES).map(|number| {
+            let group = group.clone();
+            async move { group.propose(command(number % 2, &number.to_string())).await }
+        });
+        futures_util::future::join_all(proposals).await
+    });
+    let told: Vec<u64> = answers.iter().map(|answer| answer.clone().expect("written").get_u64_le()).collect();
+    assert!(entries() - before <= WRITES / 4, "{WRITES} small writes at once share entries");
+    // Each write to a register was told a number of its own, and the one with the highest is what is left.
+    let last = [0, 1].map(|register| {
+        let of_it: Vec<u64> = (register..WRITES).step_by(2).collect();
+        let mut numbers: Vec<u64> = of_it.iter().map(|write| told[*write as usize]).collect();
+        numbers.sort_unstable();
+        let first = if register == 0 { 2 } else { 1 };
+        assert_eq!(numbers, (first..first + WRITES / 2).collect::<Vec<_>>());
+        of_it.into_iter().max_by_key(|write| told[*write as usize]).expect("there are writes").to_string()
+    });
+    let is_right = |node: &Node| {
+        let values = (node.shared.value(0)?, node.shared.value(1)?);
+        let writes = (node.shared.writes(0), node.shared.writes(1));
+        let is_last = values.0 == last[0].as_str() && values.1 == last[1].as_str();
+        (is_last && writes == (WRITES / 2 + 1, WRITES / 2)).then_some(())
+    };
+    nodes.iter().for_each(|node| until("a replica has all writes", || is_right(node)));
+    let known: Vec<_> = nodes.drain(..).map(|node| (node.id, node.kill())).collect();
+    for (dir, (id, address)) in dirs.iter().zip(known) {
+        nodes.push(Node::start(dir.path().to_owned(), id, Some(address)));
+    }
+    introduce(&nodes.iter().collect::<Vec<_>>());
+    nodes.iter().for_each(|node| until("a replica has read them from its log", || is_right(node)));
+}
 
 #[test]
 fn an_idle_leader_keeps_its_lease_without_a_message_of_the_group() {
