@@ -6,7 +6,7 @@ use spline_bench::fio::{self, Figures, WORKLOADS, Workload};
 use spline_bench::peers::Peer;
 use spline_bench::report::{Series, table};
 use spline_bench::{cpu, floor, load};
-use spline_harness::{Cluster, Export, Rig};
+use spline_harness::{Cluster, Dev, Export, Rig};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -105,23 +105,31 @@ fn main() -> anyhow::Result<()> {
 /// Every server on a file of its own, same size, same disk.
 fn file_engine(args: &Args) -> anyhow::Result<String> {
     let rig = Rig::file()?;
-    let ours = rig.serve("ours", args.span)?;
-    let mut pids = pid_of(&ours)?;
-    if let Rig::File { gateway, .. } = &rig {
-        pids.extend(gateway.id());
-    }
+    let cached = Rig::file_with("file_io = \"buffered\"\n")?;
+    let (ours, ours_cached) = (rig.serve("ours", args.span)?, cached.serve("ours", args.span)?);
     let nbdkit = Peer::nbdkit_file(&sized(rig.dir(), "nbdkit", args.span)?, &rig.dir().join("nbdkit.sock"))?;
     let qemu = Peer::qemu_nbd(&sized(rig.dir(), "qemu", args.span)?, &rig.dir().join("qemu.sock"))?;
     let targets = [
         Target::peer("nbdkit file", &nbdkit),
         Target::peer("qemu-nbd none, io_uring", &qemu),
-        Target::ours("nebd + gateway, file engine", &ours, pids),
+        Target::ours("nebd + gateway, direct IO", &ours, pids_of(&rig, &ours)?),
+        Target::ours("nebd + gateway, page cache", &ours_cached, pids_of(&cached, &ours_cached)?),
     ];
     let text = measure(args, &targets, rig.dir())?;
-    Ok(format!("\n## File engine\n\nnbdkit serves from the page cache; the other two use direct IO.\n{text}"))
+    Ok(format!(
+        "\n## File engine\n\nnbdkit serves from the page cache, as our gateway does with `file_io = \"buffered\"`; the others use direct IO.\n{text}"
+    ))
 }
 
-/// Three replicas, each with its own log, on the same disk.
+fn pids_of(rig: &Rig, export: &Export) -> anyhow::Result<Vec<u32>> {
+    let mut pids = pid_of(export)?;
+    if let Rig::File { gateway, .. } = rig {
+        pids.extend(gateway.id());
+    }
+    Ok(pids)
+}
+
+/// Three replicas, each with its own log, on the same disk: processes of their own, and all in one.
 fn cluster(args: &Args) -> anyhow::Result<String> {
     let cluster = Cluster::start()?;
     cluster.create_volume("bench", &args.span.to_string())?;
@@ -134,10 +142,21 @@ fn cluster(args: &Args) -> anyhow::Result<String> {
             .chain([&cluster.mds, &cluster.gateway])
             .filter_map(|process| process.id()),
     );
-    let targets = [Target::ours("cluster, 3 replicas", &export, pids)];
+    let dir = spline_harness::tempdir()?;
+    let dev = Dev::start(dir.path())?;
+    let targets = [
+        Target::ours("six processes", &export, pids),
+        Target {
+            name: "`spline dev`: one process, and nebd",
+            uri: dev.uri()?,
+            socket: dev.socket()?,
+            export: dev.fact("volume")?,
+            pids: dev.pids()?,
+        },
+    ];
     let text = measure(args, &targets, cluster.dir())?;
     Ok(format!(
-        "\n## Cluster\n\nThree chunkservers on one disk; a write is answered after a majority synced its log.\n{text}"
+        "\n## Cluster\n\nThree chunkservers on one disk, three replicas; a write is answered after a majority synced its log.\n{text}"
     ))
 }
 

@@ -4,12 +4,13 @@
 //! Called by tests/{conformance,fault,e2e,bench}. Knows: flags and config files of the processes, `spline --json`,
 //! the NBD protocol of a small client of its own. Must never know: the libraries of the processes.
 //!
-//! Modules in the order in which a test meets them: [`rig`] → [`cluster`] → [`export`] → [`process`] → [`binaries`],
+//! Modules in the order in which a test meets them: [`rig`] → [`cluster`] or [`dev`] → [`export`] → [`process`] → [`binaries`],
 //! [`ports`]; [`proxy`] holds messages back, [`small_disk`] can be filled, [`metrics`] are read, [`nbd`] speaks to exports,
 //! [`tool`] runs foreign clients, [`wait`] waits.
 
 pub mod binaries;
 pub mod cluster;
+pub mod dev;
 pub mod export;
 pub mod metrics;
 pub mod nbd;
@@ -22,6 +23,7 @@ pub mod tool;
 pub mod wait;
 
 pub use cluster::{Cluster, Shape};
+pub use dev::{DEV_LIMIT, Dev};
 pub use export::Export;
 pub use process::Process;
 pub use rig::Rig;

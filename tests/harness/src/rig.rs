@@ -23,15 +23,23 @@ pub enum Rig {
 }
 
 impl Rig {
-    /// Starts a gateway that serves files.
+    /// Starts a gateway that serves files, past the page cache where it can.
     ///
     /// # Errors
     /// If it does not start.
     pub fn file() -> anyhow::Result<Self> {
+        Self::file_with("")
+    }
+
+    /// As [`Rig::file`], with more lines in the gateway's config.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn file_with(more: &str) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("spline-").tempdir()?;
         let socket = dir.path().join("gateway.sock");
         let text = format!(
-            "link_socket = {socket:?}\nadmin_listen = \"\"\nmds = []\nfile_roots = [{:?}]\n",
+            "link_socket = {socket:?}\nadmin_listen = \"\"\nmds = []\nfile_roots = [{:?}]\n{more}",
             dir.path().canonicalize()?
         );
         let mut gateway = configured(dir.path(), "gateway", "spline-gateway", &text)?;

@@ -1,9 +1,8 @@
 //! What a user of `spline dev` lives through: stops, crashes, checks, volumes coming and going.
 
-use crate::{Dev, LIMIT};
 use anyhow::{Context, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use spline_harness::{Tool, binaries, tool, wait_until};
+use spline_harness::{DEV_LIMIT, Dev, Tool, binaries, tool, wait_until};
 use std::process::Command;
 use tempfile::TempDir;
 
@@ -11,10 +10,11 @@ use tempfile::TempDir;
 fn data_stays_over_a_stop_and_a_crash() -> anyhow::Result<()> {
     let dir = TempDir::new()?;
     let mut dev = Dev::start(dir.path())?;
-    ensure!(Tool::new("nbdinfo").args(["--size", dev.uri()]).run()?.trim() == (10u64 << 30).to_string());
+    let uri = dev.uri()?;
+    ensure!(Tool::new("nbdinfo").args(["--size", &uri]).run()?.trim() == (10u64 << 30).to_string());
     dev.qemu_io("write -P 0x71 5G 3M")?;
     ensure!(dev.end(Signal::INT)?.success(), "Ctrl-C is a clean stop");
-    ensure!(Tool::new("nbdinfo").args(["--size", dev.uri()]).fails().is_ok(), "a clean stop ends the export");
+    ensure!(Tool::new("nbdinfo").args(["--size", &uri]).fails().is_ok(), "a clean stop ends the export");
 
     let mut dev = Dev::start(dir.path())?;
     dev.qemu_io("read -P 0x71 5G 3M")?;
@@ -68,10 +68,9 @@ fn volumes_from_birth_to_death() -> anyhow::Result<()> {
 fn a_died_disk_process_is_started_again() -> anyhow::Result<()> {
     let dir = TempDir::new()?;
     let dev = Dev::start(dir.path())?;
-    let runtime_dir = dev.facts["runtime_dir"].as_str().context("a path")?;
-    let list = dev.spline(&["nbd", "ls", "--runtime-dir", runtime_dir])?;
+    let list = dev.spline(&["nbd", "ls", "--runtime-dir", &dev.fact("runtime_dir")?])?;
     let pid = i32::try_from(list[0]["pid"].as_i64().context("a process id")?)?;
     dev.qemu_io("write -P 0x73 0 64k")?;
     kill_process(Pid::from_raw(pid).context("a process id")?, Signal::KILL)?;
-    wait_until("the disk to be back", LIMIT, || dev.qemu_io("read -P 0x73 0 64k").map(Some))
+    wait_until("the disk to be back", DEV_LIMIT, || dev.qemu_io("read -P 0x73 0 64k").map(Some))
 }

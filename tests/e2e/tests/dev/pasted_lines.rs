@@ -1,10 +1,9 @@
 //! Every line that `spline dev` prints for pasting, run as printed: by a shell, with nothing added but what makes QEMU
 //! end by itself.
 
-use crate::{Dev, start};
 use anyhow::{Context, ensure};
 use spline_harness::nbd::{Connection, Kind};
-use spline_harness::{Tool, binaries};
+use spline_harness::{Dev, Tool, binaries};
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -96,9 +95,9 @@ fn lines_of(text: &str) -> anyhow::Result<Vec<String>> {
 #[test]
 fn all_work_as_printed() -> anyhow::Result<()> {
     let dir = TempDir::new()?;
-    let (child, text) = start(dir.path(), &[], LAST)?;
-    let _dev = Dev { child, facts: serde_json::Value::Null };
-    let mut lines = lines_of(&text)?;
+    let dev = Dev::start_until(dir.path(), &[], LAST)?;
+    let text = &dev.said;
+    let mut lines = lines_of(text)?;
     let mut take = |start: &str| {
         let at = lines.iter().position(|line| line.starts_with(start));
         at.map(|at| lines.remove(at)).with_context(|| format!("no line starts with {start:?}:\n{text}"))
