@@ -154,19 +154,20 @@ impl Disk {
             return Ok(Bytes::new());
         }
         let direct = self.is_direct(range);
-        let _hold = self.hold(range, false).await;
+        let _hold = self.overlaps.hold(range, false).await;
         let buffer = self.buffers.take(range.length() as usize);
         let buffer =
             self.run(Action::Read(buffer), range, direct).await.map_err(|e| self.fault("read", e))?;
         Ok(buffer.ok_or(Fault::Internal)?.freeze())
     }
 
+    /// A request that is given up gives its hold up as well: that happens only when the file is about to be closed.
     async fn write(&self, range: ByteRange, payload: Bytes, durable: bool) -> Result<(), Fault> {
         if range.is_empty() {
             return self.sync_if(durable).await.map(drop);
         }
         let direct = self.is_direct(range);
-        let _hold = self.hold(range, !direct).await;
+        let _hold = self.overlaps.hold(range, true).await;
         let data = if direct { self.aligned(payload) } else { payload };
         let done = self.run(Action::Write { data, durable }, range, direct).await;
         if done.is_err() && durable {
@@ -212,7 +213,7 @@ impl Disk {
         if range.is_empty() {
             return Ok(());
         }
-        let _hold = self.hold(range, true).await;
+        let _hold = self.overlaps.hold(range, true).await;
         match self.allocate(FallocateFlags::PUNCH_HOLE, range).await {
             // A file system that can not give space back keeps it: a discard is advice.
             Err(error) if self.cannot(error) => Ok(()),
@@ -224,7 +225,7 @@ impl Disk {
         if range.is_empty() {
             return Ok(());
         }
-        let _hold = self.hold(range, true).await;
+        let _hold = self.overlaps.hold(range, true).await;
         let ways: &[FallocateFlags] = match no_hole {
             true => &[FallocateFlags::ZERO_RANGE],
             false => &[FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE],
@@ -274,15 +275,6 @@ impl Disk {
     fn is_direct(&self, range: ByteRange) -> bool {
         let whole = |value: u64| value.is_multiple_of(ALIGNMENT as u64);
         self.files.direct.is_some() && whole(range.offset()) && whole(range.length())
-    }
-
-    /// Keeps requests through the page cache and direct ones apart; nothing to do where there is one kind only. A
-    /// request that is given up gives its hold up as well: that happens only when the file is about to be closed.
-    async fn hold(&self, range: ByteRange, alone: bool) -> Option<overlap::Hold> {
-        match self.files.direct {
-            Some(_) => Some(self.overlaps.hold(range, alone).await),
-            None => None,
-        }
     }
 
     async fn run(

@@ -1,6 +1,7 @@
-//! Keeps requests that go through the page cache apart from direct ones in the same pages. The page cache reads and
-//! writes whole pages: a small buffered write that ran together with a direct write of its page could put the page's
-//! old bytes back over the new ones.
+//! Carries writes that meet out in the order in which they came, and keeps reads out of them. A client that has gone leaves
+//! writes under way: whoever writes the same place next, and is answered, must not be overtaken by them
+//! (`no_late_duplicate`). And the page cache reads and writes whole pages: a small buffered write that ran together with a
+//! direct write of its page could put the page's old bytes back over the new ones.
 //!
 //! Called by the file engine. Order is first come, first served where ranges meet; elsewhere nobody waits.
 

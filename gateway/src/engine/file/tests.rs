@@ -168,6 +168,36 @@ async fn a_file_is_opened_once_and_only_below_a_root() {
     assert!(matches!(files.open(&root.join("small"), Wanted::default()), Err(OpenError::NotFound(_))));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_writes_to_one_place_the_last_to_come_wins() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for (way, path, engine) in engines(dir.path()) {
+        for round in 0..100u8 {
+            // Long ones first, which take longer.
+            let lengths = [1 << 20, 256 << 10, 65_536, 4096, 512];
+            let writes = (1..).zip(lengths).map(|(number, length)| {
+                let data = vec![round.wrapping_mul(7) ^ number; length as usize];
+                engine.execute(request(BlockOp::Write, 0, length), data.into())
+            });
+            for written in futures_util::future::join_all(writes).await {
+                assert_eq!(written, Ok(EngineAnswer::Done));
+            }
+            let found = read(&engine, 0, 1 << 20).await;
+            for (number, from, to) in [
+                (5, 0, 512),
+                (4, 512, 4096),
+                (3, 4096, 65_536),
+                (2, 65_536, 256 << 10),
+                (1, 256 << 10, 1 << 20),
+            ] {
+                let right = found[from..to].iter().all(|byte| *byte == round.wrapping_mul(7) ^ number);
+                assert!(right, "{way} {} round={round} number={number}", path.display());
+            }
+        }
+        engine.close().await;
+    }
+}
+
 #[tokio::test]
 async fn a_file_that_took_the_name_of_another_is_not_the_known_one() {
     let dir = tempfile::tempdir().expect("temporary directory");
