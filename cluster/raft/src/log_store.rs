@@ -30,11 +30,15 @@ const MARK_BYTES: u64 = 256 << 10;
 
 /// A group's log. Clones share it; readers are clones.
 #[derive(Clone)]
-pub(crate) struct LogStore(Arc<Shared>);
-
-struct Shared {
+pub(crate) struct LogStore {
     group: GroupId,
     wal: Wal,
+    tail: Arc<Tail>,
+}
+
+/// What the WAL reports to. Holds no handle of it: the last one must not die on the WAL's own thread, whose end nobody
+/// could wait for then.
+struct Tail {
     state: Mutex<State>,
     durable: Notify,
 }
@@ -54,18 +58,35 @@ struct State {
     checkpointed: u64,
 }
 
+impl Tail {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held would be a defect; the state is plain data and stays readable.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn synced(&self, batch: u64, outcome: &io::Result<()>) {
+        let mut state = self.state();
+        state.failed |= outcome.is_err();
+        while state.unsynced.front().is_some_and(|(_, sequence)| *sequence <= batch) {
+            state.unsynced.pop_front();
+        }
+        drop(state);
+        self.durable.notify_waiters();
+    }
+}
+
 impl LogStore {
     /// The group's log as recovery found it.
     pub(crate) fn open(wal: Wal, group: GroupId) -> io::Result<LogStore> {
         let found = wal.group(group).unwrap_or_default();
         let state = recover(&wal, group, &found)?;
-        Ok(LogStore(Arc::new(Shared { group, wal, state: Mutex::new(state), durable: Notify::new() })))
+        Ok(LogStore { group, wal, tail: Arc::new(Tail { state: Mutex::new(state), durable: Notify::new() }) })
     }
 
     /// Waits until every entry up to `index` that was handed to the WAL is synced.
     pub(crate) async fn wait_durable(&self, index: u64) -> io::Result<()> {
         loop {
-            let mut notified = std::pin::pin!(self.0.durable.notified());
+            let mut notified = std::pin::pin!(self.tail.durable.notified());
             notified.as_mut().enable();
             {
                 let state = self.state();
@@ -111,18 +132,7 @@ impl LogStore {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic while the lock is held would be a defect; the state is plain data and stays readable.
-        self.0.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn synced(&self, batch: u64, outcome: &io::Result<()>) {
-        let mut state = self.state();
-        state.failed |= outcome.is_err();
-        while state.unsynced.front().is_some_and(|(_, sequence)| *sequence <= batch) {
-            state.unsynced.pop_front();
-        }
-        drop(state);
-        self.0.durable.notify_waiters();
+        self.tail.state()
     }
 
     /// Entries of `range` up to `bytes` (at least one); the disk is read off the runtime's threads.
@@ -130,11 +140,11 @@ impl LogStore {
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        let cached = self.0.wal.read_cached(self.0.group, range.clone(), bytes);
+        let cached = self.wal.read_cached(self.group, range.clone(), bytes);
         let found = match cached {
             Some(found) => found,
             None => {
-                let (wal, group) = (self.0.wal.clone(), self.0.group);
+                let (wal, group) = (self.wal.clone(), self.group);
                 tokio::task::spawn_blocking(move || wal.read(group, range, bytes))
                     .await
                     .map_err(io::Error::other)??
@@ -230,7 +240,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
-        done(|done| self.0.wal.save_vote(self.0.group, codec::encode_vote(vote), done)).await?;
+        done(|done| self.wal.save_vote(self.group, codec::encode_vote(vote), done)).await?;
         self.state().vote = Some(*vote);
         Ok(())
     }
@@ -259,15 +269,13 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             return Ok(());
         };
         let batch = self.state().appended(first, last, bytes);
-        let log = self.clone();
+        let tail = Arc::clone(&self.tail);
         let done = WalDone::call(move |outcome| {
             drop(places);
-            log.synced(batch, &outcome);
-            // Before anybody is told: who closes the log then waits for its end, instead of this thread.
-            drop(log);
+            tail.synced(batch, &outcome);
             callback.io_completed(outcome);
         });
-        self.0.wal.append(self.0.group, entries, done);
+        self.wal.append(self.group, entries, done);
         Ok(())
     }
 
@@ -285,7 +293,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             state.last = last;
         }
         // Not waited for: whatever is appended next is synced after it, and nothing depends on it before.
-        self.0.wal.truncate_after(self.0.group, index, WalDone::Nobody);
+        self.wal.truncate_after(self.group, index, WalDone::Nobody);
         Ok(())
     }
 
@@ -298,7 +306,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 state.marks.pop_front();
             }
         }
-        self.0.wal.purge(self.0.group, id.index, codec::encode_position(&id));
+        self.wal.purge(self.group, id.index, codec::encode_position(&id));
         Ok(())
     }
 }
