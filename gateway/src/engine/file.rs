@@ -70,11 +70,14 @@ impl Executor {
         }
     }
 
-    /// Blocks until everything is done.
-    fn close(&self) {
+    /// Blocks until everything is done; false if that can not be known.
+    fn close(&self) -> bool {
         match self {
             Self::Ring(ring) => ring.close(),
-            Self::Threads(threads) => threads.close(),
+            Self::Threads(threads) => {
+                threads.close();
+                true
+            }
         }
     }
 }
@@ -114,12 +117,13 @@ impl Engine for FileEngine {
         let disk = Arc::clone(&self.disk);
         Box::pin(async move {
             let closed = tokio::task::spawn_blocking(move || {
-                disk.executor.close();
-                // Whoever still holds the descriptors does nothing with them: the next opener may have the file.
-                flock(&disk.files.buffered, FlockOperation::Unlock)
+                // Whoever still holds the descriptors does nothing with them: the next opener may have the file. But
+                // while the kernel may still write, the lock stays, until the kernel lets go of the file.
+                disk.executor.close() && flock(&disk.files.buffered, FlockOperation::Unlock).is_ok()
             });
-            if !matches!(closed.await, Ok(Ok(()))) {
-                tracing::error!(path = %self.disk.path.display(), "file was not given back cleanly");
+            if !matches!(closed.await, Ok(true)) {
+                let path = self.disk.path.display();
+                tracing::error!(%path, "file was not given back: it stays locked until this process has ended");
             }
         })
     }

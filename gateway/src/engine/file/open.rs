@@ -11,8 +11,8 @@ use crate::buffer::BufferPool;
 use crate::config::FileIo;
 use crate::engine::{EngineTraits, OpenError, Standing, Wanted, replaced};
 use rustix::fs::{
-    FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, Stat, flock, fstat, ioctl_blksszget,
-    major, minor, open, openat2, seek,
+    FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, Stat, fcntl_setfl, flock, fstat,
+    ioctl_blksszget, major, minor, open, openat2, seek,
 };
 use rustix::io::Errno;
 use spline_link::Identity;
@@ -145,6 +145,8 @@ impl Files {
         if let Some(known) = wanted.known.filter(|known| *known != identity) {
             return Err(replaced(shown, identity, known));
         }
+        // It was for opening alone: io_uring would not wait for a device that is busy.
+        fcntl_setfl(&buffered, OFlags::empty()).map_err(failed)?;
         let geometry = geometry(&buffered, device).map_err(failed)?;
         if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&geometry.size) {
             return Err(OpenError::NotFound(format!(

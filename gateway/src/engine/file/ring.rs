@@ -10,14 +10,17 @@ use futures_util::task::AtomicWaker;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use rustix::io::Errno;
 use std::collections::VecDeque;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
+use tokio::time::Sleep;
 
 /// Operations in the kernel at once; more wait in the task's backlog. As deep as fast disks like it.
 const DEPTH: u32 = 256;
@@ -26,11 +29,15 @@ const BUFFERED: u32 = 0;
 const DIRECT: u32 = 1;
 /// Longest transfer of one operation, bytes; the kernel cuts at a little less than 2 GiB, requests are far smaller.
 const TRANSFER_MAX: usize = 1 << 30;
+/// Looks at new jobs and completions in one go; then others of the runtime's thread have their turn.
+const TURNS_MAX: usize = 16;
+/// How long a kernel that is short of memory is left alone.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// A ring that serves one file.
 pub(super) struct Ring {
     shared: Arc<Shared>,
-    /// Disconnected when the task has ended.
+    /// Told when the task has ended with everything done; disconnected if it ended otherwise.
     ended: Mutex<mpsc::Receiver<()>>,
 }
 
@@ -65,11 +72,14 @@ impl Ring {
         // SAFETY: a ring owns its descriptor, and keeps it until it is dropped.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
         let shared = Arc::new(Shared::default());
-        let (alive, ended) = mpsc::channel();
+        let (end, ended) = mpsc::channel();
         let mut reactor = Reactor::new(ring, Arc::clone(&shared), Arc::clone(files));
         runtime.spawn(async move {
-            poll_fn(|cx| reactor.poll(cx)).await;
-            drop((reactor, alive));
+            if poll_fn(|cx| reactor.poll(cx)).await.is_ok() {
+                drop(reactor);
+                // Nobody may want to know.
+                let _ = end.send(());
+            }
         });
         Ok(Self { shared, ended: Mutex::new(ended) })
     }
@@ -85,12 +95,12 @@ impl Ring {
         self.shared.task.wake();
     }
 
-    /// Has done what is queued and ends the task. Blocks.
-    pub(super) fn close(&self) {
+    /// Does what is queued and ends the task. Blocks. False if operations may still be under way in the kernel: the task
+    /// ended by an error, or with its runtime.
+    pub(super) fn close(&self) -> bool {
         self.shared.state().closed = true;
         self.shared.task.wake();
-        // An error is what tells the end.
-        let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv().is_ok()
     }
 }
 
@@ -126,6 +136,8 @@ struct Reactor {
     backlog: VecDeque<Flight>,
     /// Swapped with the queue of new jobs, so that both keep their memory.
     fresh: Vec<Job>,
+    /// The kernel was short of something: when it is asked again.
+    pause: Option<Pin<Box<Sleep>>>,
     _files: Arc<Descriptors>,
 }
 
@@ -139,47 +151,62 @@ impl Reactor {
             free: (0..slots).rev().collect(),
             backlog: VecDeque::new(),
             fresh: Vec::new(),
+            pause: None,
             _files: files,
         }
     }
 
-    /// Ready when the ring is closed and everything is done, or the kernel does not take operations.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready when the ring is closed and everything is done, or with the reason why the kernel does not go on.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.shared.task.register(cx.waker());
-        loop {
+        for _ in 0..TURNS_MAX {
             let closed = self.take_jobs();
             self.launch();
-            if let Err(error) = self.submit() {
-                tracing::error!(%error, "io_uring does not take operations, file requests fail");
-                return Poll::Ready(());
+            if let Err(error) = self.submit(cx) {
+                tracing::error!(%error, "io_uring does not go on, requests fail; end the file's exports and begin anew");
+                return Poll::Ready(Err(error));
             }
             if self.land() {
                 continue;
             }
             let idle = self.free.len() == self.flights.len() && self.backlog.is_empty();
             if closed && idle {
-                return Poll::Ready(());
+                return Poll::Ready(Ok(()));
             }
             match ready!(self.ring.poll_read_ready(cx)) {
                 // What has ended since the look above made the descriptor ready anew, which this does not undo.
                 Ok(mut guard) => guard.clear_ready(),
                 Err(error) => {
-                    tracing::error!(%error, "io_uring can not be waited for, file requests fail");
-                    return Poll::Ready(());
+                    tracing::error!(%error, "io_uring can not be waited for, requests fail; end the file's exports and begin anew");
+                    return Poll::Ready(Err(error));
                 }
             }
         }
+        // Others of this thread have their turn.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
-    /// Gives the kernel what is in the submission queue.
-    fn submit(&mut self) -> io::Result<()> {
+    /// Gives the kernel what is in the submission queue, now or, if it is short of something, after a pause.
+    fn submit(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if let Some(pause) = &mut self.pause
+            && pause.as_mut().poll(cx).is_pending()
+        {
+            return Ok(());
+        }
+        self.pause = None;
         while !self.ring.get_mut().submission().is_empty() {
-            match self.ring.get_ref().submit() {
-                Ok(_) => {}
-                // The completion queue is full: taking from it helps, and then this is called again.
-                Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            let Err(error) = self.ring.get_ref().submit() else { continue };
+            match error.raw_os_error().map(Errno::from_raw_os_error) {
+                Some(Errno::INTR) => {}
+                Some(Errno::BUSY | Errno::AGAIN | Errno::NOMEM) => {
+                    let mut pause = Box::pin(tokio::time::sleep(PAUSE));
+                    // Registers the waker: it ends later than now.
+                    let _ = pause.as_mut().poll(cx);
+                    self.pause = Some(pause);
+                    return Ok(());
+                }
+                _ => return Err(error),
             }
         }
         Ok(())

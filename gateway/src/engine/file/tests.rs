@@ -121,6 +121,27 @@ async fn status_tells_data_from_holes() {
 }
 
 /// What a killed gateway leaves: a lock that the kernel lets go of a little after the process is gone.
+#[test]
+fn a_ring_that_ends_with_its_runtime_does_not_say_that_all_is_done() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.expect("a runtime");
+    // Nothing is ever written to it: a read stays in the kernel.
+    let (pipe, _writer) = std::io::pipe().expect("a pipe");
+    let files = Arc::new(Descriptors { buffered: pipe.into(), direct: None });
+    let start = || {
+        let _inside = runtime.enter();
+        Ring::start(&files)
+    };
+    let (Ok(idle), Ok(busy)) = (start(), start()) else { return eprintln!("no io_uring here") };
+    assert!(idle.close(), "an idle one has done everything");
+    let (done, ended) = oneshot::channel();
+    let range = ByteRange::new(0, 4096).expect("fits");
+    busy.submit(Job { action: Action::Read(BufferPool::new().take(4096)), range, direct: false, done });
+    runtime.shutdown_background();
+    assert!(!busy.close());
+    assert!(ended.blocking_recv().is_err(), "it never was");
+}
+
 #[tokio::test]
 async fn a_lock_that_is_let_go_of_soon_is_waited_for() {
     let dir = tempfile::tempdir().expect("temporary directory");
