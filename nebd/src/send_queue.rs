@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 
-/// Pieces up to this size, bytes, are copied: cheaper than an iovec and a reference each.
+/// Parts of buffers up to this size, bytes, are copied: cheaper than an iovec and a reference each.
 const COPY_MAX: usize = 16 << 10;
 /// A block of copied pieces is closed at this size, bytes, so that growing it stays cheap.
 const BLOCK_BYTES: usize = 256 << 10;
@@ -98,10 +98,14 @@ impl SendQueue {
         }
     }
 
-    /// Appends a part of `data` without copying it, unless it is small. Parts of one buffer follow each other.
+    /// Appends a part of `data` without copying it, unless the buffer is small: copies of some parts beside a buffer that
+    /// is kept for others would take up to twice its memory. Parts of one buffer follow each other.
     pub fn push_shared(&mut self, data: &Rc<Vec<u8>>, range: Range<usize>) {
-        if range.len() <= COPY_MAX {
+        if data.len() <= COPY_MAX {
             return self.push(&data[range]);
+        }
+        if range.is_empty() {
+            return;
         }
         self.bytes += range.len();
         if !self.parts.iter().rev().find_map(Part::shared).is_some_and(|last| Rc::ptr_eq(last, data)) {
@@ -208,6 +212,20 @@ mod tests {
             assert!(theirs.read(&mut buffer).expect("reads") > 0);
         }
         assert_eq!((queue.bytes(), queue.held()), (0, 0));
+    }
+
+    #[test]
+    fn many_parts_of_a_buffer_hold_it_once() {
+        let mut queue = SendQueue::default();
+        let data = Rc::new(vec![7; 1 << 20]);
+        for start in (0..data.len()).step_by(20 << 10) {
+            queue.push_shared(&data, start..(start + (16 << 10)).min(data.len()));
+        }
+        queue.push_shared(&data, 0..20 << 10);
+        assert_eq!(queue.held(), data.len());
+        let small = Rc::new(vec![7; COPY_MAX]);
+        queue.push_shared(&small, 0..1024);
+        assert_eq!(queue.held(), data.len() + 1024);
     }
 
     #[test]
