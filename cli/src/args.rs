@@ -107,7 +107,7 @@ pub enum Volume {
         /// Its new size; never less than the old one
         size: ByteSize,
     },
-    /// Give a volume another name
+    /// Give a volume another name; not while it is exported
     #[command(after_help = "Example:\n  spline volume rename disk0 web-1")]
     Rename {
         /// Its name

@@ -98,12 +98,14 @@ impl Volumes {
         self.get(name).await
     }
 
-    /// Renames a volume. Open sessions go on.
+    /// Renames a volume. A session that is opened at the same moment goes on under the old name.
     ///
     /// # Errors
-    /// `Exists` for a name in use.
+    /// `Exists` for a name in use; `Precondition` while a session is alive: its exports know the volume by name.
     pub async fn rename(&self, name: &VolumeName, new_name: VolumeName) -> Result<VolumeInfo, Refusal> {
-        let volume = self.get(name).await?.volume;
+        let info = self.get(name).await?;
+        require_unused(&info)?;
+        let volume = info.volume;
         self.context
             .ledger
             .propose(Command::RenameVolume { volume: volume.id, name: new_name.clone() })
@@ -118,16 +120,8 @@ impl Volumes {
     /// `Precondition` while a session is alive.
     pub async fn delete(&self, name: &VolumeName) -> Result<(), Refusal> {
         let info = self.get(name).await?;
+        require_unused(&info)?;
         let volume = info.volume;
-        if let Some(session) = &volume.session
-            && !info.lease_left.is_zero()
-        {
-            return Err(Refusal::precondition(format!(
-                "volume is in use, close it there first: name={name} gateway={} lease_left_ms={}",
-                session.gateway,
-                info.lease_left.as_millis()
-            )));
-        }
         let answer = self
             .context
             .ledger
@@ -176,6 +170,19 @@ pub fn check_size(size: u64, block_size: BlockSize) -> Result<(), Refusal> {
         )));
     }
     Ok(())
+}
+
+/// Refuses while a session is alive.
+fn require_unused(info: &VolumeInfo) -> Result<(), Refusal> {
+    match &info.volume.session {
+        Some(session) if !info.lease_left.is_zero() => Err(Refusal::precondition(format!(
+            "volume is in use, end its exports there first: name={} gateway={} lease_left_ms={}",
+            info.volume.name,
+            session.gateway,
+            info.lease_left.as_millis()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -279,9 +279,15 @@ async fn a_known_volume_is_not_opened_by_a_name_that_is_another_s() {
     let (first, second) =
         (lab.create("a", GIB).await.expect("created").id, lab.create("b", GIB).await.expect("created").id);
     assert_eq!(lab.open_known("a", first).await.expect("it is").epoch, 1);
+    let rename =
+        |name: &str, new_name: &str| pb::RenameVolumeRequest { name: name.into(), new_name: new_name.into() };
+    let refused = lab.volumes.rename(rename("a", "c")).await.expect_err("it is open");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("end its exports there first: name=a gateway="), "{refused}");
+    let first_session = pb::CloseSessionRequest { volume_id: first, epoch: 1 };
+    lab.sessions.close(first_session).await.expect("closed");
     for (name, new_name) in [("a", "c"), ("b", "a")] {
-        let rename = pb::RenameVolumeRequest { name: name.into(), new_name: new_name.into() };
-        lab.volumes.rename(rename).await.expect("renamed");
+        lab.volumes.rename(rename(name, new_name)).await.expect("renamed");
     }
     let refused = lab.open_known("a", first).await.expect_err("the name is the second's");
     assert_eq!(refused.code(), Code::AlreadyExists);
