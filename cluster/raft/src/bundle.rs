@@ -16,7 +16,7 @@ use crate::command::LogCommand;
 pub(crate) const COMMAND_BYTES_MAX: usize = 16 << 10;
 /// A bundle is full at this many bytes …
 pub(crate) const BYTES: usize = 64 << 10;
-/// … or at this many commands.
+/// … or at this many commands. Part of the format: a reader refuses more, so raising it takes a new version of entries.
 pub(crate) const COMMANDS_MAX: usize = 64;
 
 /// Bytes of one command's lengths.

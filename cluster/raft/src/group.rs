@@ -106,7 +106,7 @@ fn held_lease(member: &Member) -> Option<LeaderId> {
         && !member.stopped.load(Ordering::Acquire)
         && leader.node_id == member.node.0
         && raft.last_applied.as_ref().is_some_and(|applied| applied.leader_id == leader);
-    if !is_ready || member.transferring.load(Ordering::Acquire) == leader.term {
+    if !is_ready || member.is_handing_over(leader.term) {
         return None;
     }
     // The cached state may lag behind a vote that this replica has given: that is on disk before it counts.
@@ -374,7 +374,7 @@ impl Group {
             return Err(RaftError::Refused(format!("leadership can only go to a voter, node={to}")));
         }
         // The followers will vote although our lease runs: from here on it must not be read under.
-        self.member.transferring.store(status.term, Ordering::Release);
+        self.member.acks.hand_over(status.term);
         self.member.replica.transfer(to.0).await?;
         let mut raft = self.member.raft.clone();
         let (from, term) = (self.member.node.0, status.term);

@@ -55,8 +55,6 @@ pub(crate) struct Member {
     pub(crate) promise: Arc<Promise>,
     /// Requests of peers that were taken and have not been answered.
     pub(crate) unanswered: AtomicU32,
-    /// The term in which leadership was handed away: its lease must not be used any more.
-    pub(crate) transferring: AtomicU64,
     /// Once other voters were added, a single voter's rule (no lease needed) never applies again in this run.
     pub(crate) has_grown: AtomicBool,
     /// One round at a time; the others wait for it and share its result. When one has failed last.
@@ -94,7 +92,6 @@ impl Member {
             started: Moment::now(),
             promise,
             unanswered: AtomicU32::new(0),
-            transferring: AtomicU64::new(u64::MAX),
             has_grown: AtomicBool::new(false),
             round: tokio::sync::Mutex::new(None),
             renewals: AtomicU64::new(0),
@@ -132,9 +129,9 @@ impl Member {
         is_level && self.promise.beat(leader, || self.log.vote())
     }
 
-    /// Whether leadership of `term` was handed away.
+    /// Whether leadership of `term` is being handed over: its lease must not be used any more.
     pub(crate) fn is_handing_over(&self, term: u64) -> bool {
-        self.transferring.load(Ordering::Acquire) == term
+        self.acks.is_handing_over(term)
     }
 
     /// Takes a leader's request to this or another replica to take over. It has stopped reading under its lease.

@@ -154,6 +154,8 @@ impl NetTransferLeader<TypeConfig> for Client {
         request: TransferRequest,
         option: RPCOption,
     ) -> Result<TransferLeaderResponse<TypeConfig>, RpcError> {
+        // Once more, where the term is known for certain: the core may have lost and regained leadership since it was asked.
+        self.acks.hand_over(request.from_leader().leader_id.term);
         match self.call(Request::Transfer(request), option.hard_ttl()).await? {
             Reply::TransferTaken => Ok(Ok(())),
             other => Err(unexpected(other)),
@@ -202,6 +204,22 @@ mod tests {
             assert!(matches!(outcome.err(), Some(RpcError::Unreachable(_))));
         }
         assert!(begun.elapsed() >= 10 * BACKOFF, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn who_asks_a_peer_to_take_over_reads_under_that_lease_no_more() {
+        let peers = Arc::new(Peers::new(Arc::new(Metrics::register(&mut Registry::default()))));
+        let (promise, throttle) =
+            (Arc::new(Promise::new(BACKOFF, None)), Arc::new(snapshot::Throttle::new(0)));
+        let acks = Arc::<Acks>::default();
+        let mut factory = Factory { group: GroupId(1), acks: acks.clone(), promise, peers, throttle };
+        let mut client = factory.new_client(2, &EmptyNode::new()).await;
+        acks.hand_over(5);
+        let leader = Vote { leader_id: LeaderId { term: 7, node_id: 1 }, committed: true };
+        let request = TransferRequest::new(leader, 2, None);
+        // The peer has no address; that it could not be asked does not matter.
+        drop(client.transfer_leader(request, RPCOption::new(BACKOFF)).await);
+        assert!(acks.is_handing_over(7) && !acks.is_handing_over(5));
     }
 
     #[tokio::test]

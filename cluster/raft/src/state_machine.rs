@@ -1,6 +1,6 @@
 //! What a user of the crate brings: the replicated state, its checkpoints and its snapshots.
 //!
-//! Called by `machine` (openraft's apply stream turned into batches) and `snapshot`. Knows no openraft type.
+//! Called by `adapter` (openraft's apply stream turned into batches) and `snapshot`. Knows no openraft type.
 //! Invariants: `replicas_identical` (apply is deterministic), `log_before_chunk` (apply runs only for entries that are
 //! durable on a majority and in this replica's own log).
 

@@ -6,6 +6,7 @@
 //! an earlier one; a leader would then read under a lease that nobody has granted.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -19,6 +20,8 @@ use crate::types::LeaderId;
 pub(crate) struct Acks {
     heard: Mutex<HashMap<NodeId, Heard>>,
     change: Notify,
+    /// The newest term in which this replica, as leader, has begun to hand its leadership over; terms begin at 1.
+    handed_over: AtomicU64,
 }
 
 /// A peer accepted a message of `leader` that was sent at `sent` or later.
@@ -44,6 +47,17 @@ impl Acks {
         }
         drop(heard);
         self.change.notify_waiters();
+    }
+
+    /// From here on nothing is read under the lease of this replica's leadership of `term`: peers are about to be told
+    /// that they may vote for another one.
+    pub(crate) fn hand_over(&self, term: u64) {
+        self.handed_over.fetch_max(term, Ordering::AcqRel);
+    }
+
+    /// Whether leadership of `term` is being handed over.
+    pub(crate) fn is_handing_over(&self, term: u64) -> bool {
+        self.handed_over.load(Ordering::Acquire) == term
     }
 
     /// Whether `peer` accepted a message of `leader` that was sent after `since`.
