@@ -27,6 +27,9 @@ const ROUND_BYTES: usize = 64 << 10;
 /// Longest wait for the round before, to the timer's exactness of a millisecond: a round of healthy groups takes about
 /// as long.
 const ROUND_WAIT: Duration = Duration::from_millis(1);
+/// Turns that the runtime's other tasks have before a round of several goes. Measured: 3 give a tenth more small writes at
+/// depth 32, 10 and more none.
+const LAST_CALLS: usize = 3;
 
 /// A command and who waits for its outcome.
 pub(crate) struct Proposal {
@@ -166,7 +169,23 @@ async fn gather(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>,
             () = &mut landed => break,
         }
     }
+    if round.len() > 1 {
+        last_calls(round, queue).await;
+    }
     true
+}
+
+/// Adds what whoever was answered by the round before asks next: it is on its way while the runtime has other things to do.
+async fn last_calls(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>) {
+    for _ in 0..LAST_CALLS {
+        tokio::task::yield_now().await;
+        while round.len() < QUEUE
+            && bytes(round) < ROUND_BYTES
+            && let Ok(next) = queue.try_recv()
+        {
+            round.push(next);
+        }
+    }
 }
 
 fn bytes(round: &[Proposal]) -> usize {
