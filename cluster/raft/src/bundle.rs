@@ -23,11 +23,11 @@ pub(crate) const COMMANDS_MAX: usize = 64;
 const LENGTHS_BYTES: usize = 8;
 
 /// Ties commands, in their order.
-pub(crate) fn tie<'a>(commands: impl ExactSizeIterator<Item = &'a LogCommand> + Clone) -> LogCommand {
-    let bytes: usize = commands.clone().map(LogCommand::bytes).sum();
+pub(crate) fn tie(commands: &[LogCommand]) -> LogCommand {
+    let bytes: usize = commands.iter().map(LogCommand::bytes).sum();
     let mut out = BytesMut::with_capacity(4 + LENGTHS_BYTES * commands.len() + bytes);
     out.put_u32_le(commands.len() as u32);
-    for command in commands.clone() {
+    for command in commands {
         out.put_u32_le(command.meta.len() as u32);
         out.put_u32_le(command.payload.len() as u32);
     }
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn golden_bundle() {
         let commands = [command(b"me", b"pay"), command(b"", b"x")];
-        let bundle = tie(commands.iter());
+        let bundle = tie(&commands);
         assert!(bundle.meta.is_empty());
         assert_eq!(&bundle.payload[..], b"\x02\0\0\0\x02\0\0\0\x03\0\0\0\0\0\0\0\x01\0\0\0mepayx");
         assert_eq!(untie(&bundle).as_deref(), Ok(&commands[..]));
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_whole_bundle_is_refused() {
-        let whole = tie([command(b"me", b"pay"), command(b"", b"x")].iter()).payload;
+        let whole = tie(&[command(b"me", b"pay"), command(b"", b"x")]).payload;
         for end in 0..whole.len() {
             let cut = LogCommand { meta: Bytes::new(), payload: whole.slice(..end) };
             assert!(matches!(untie(&cut), Err(DecodeError::Short(_))), "{end}");
@@ -110,7 +110,7 @@ mod tests {
                     payload: vec![!(number as u8); *payload].into(),
                 })
                 .collect();
-            prop_assert_eq!(untie(&tie(commands.iter())), Ok(commands));
+            prop_assert_eq!(untie(&tie(&commands)), Ok(commands));
         }
 
         #[test]

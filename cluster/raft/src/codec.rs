@@ -160,8 +160,7 @@ pub(crate) fn put_optional_log_id(out: &mut BytesMut, id: Option<&LogId>) {
 }
 
 pub(crate) fn put_vote(out: &mut BytesMut, vote: &Vote) {
-    out.put_u64_le(vote.leader_id.term);
-    out.put_u64_le(vote.leader_id.node_id);
+    put_leader(out, vote.leader_id);
     out.put_u8(vote.committed.into());
 }
 
@@ -246,8 +245,7 @@ pub(crate) fn encode_entry(entry: Entry) -> (u64, Bytes, LogCommand) {
     };
     out.put_u8(version);
     out.put_u8(kind);
-    out.put_u64_le(entry.log_id.leader_id.term);
-    out.put_u64_le(entry.log_id.leader_id.node_id);
+    put_leader(&mut out, entry.log_id.leader_id);
     let command = match entry.payload {
         EntryPayload::Blank => LogCommand::default(),
         EntryPayload::Normal(placed) => placed.command,

@@ -4,10 +4,10 @@
 //! checkpoints and snapshots as opaque items.
 //! Must never know: what a command means, chunk files, volumes, the MDS.
 //!
-//! Modules in the order in which a proposal meets them: [`group`] → `places` → `rounds` (and `bundle`) → `replica` (openraft) → `log_store` →
-//! [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock, `promise` what
-//! followers owe their leader, both by `clock`, `snapshot` moves whole states, `codec` holds the encodings, `types` openraft's parameters;
-//! [`command`] and [`error`] are the vocabulary.
+//! Modules in the order in which a proposal meets them: [`group`] → `places` → `rounds` (and `bundle`) → `replica`
+//! (openraft) → `log_store` → [`wal`] and `network` → [`state_machine`]; [`host`] owns them all, `pulse` is their clock,
+//! `promise` what followers owe their leader, both by `clock`, `snapshot` moves whole states, `codec` holds the encodings,
+//! `types` openraft's parameters; [`command`] and [`error`] are the vocabulary.
 
 pub mod command;
 pub mod error;

@@ -12,6 +12,7 @@ use std::iter::Peekable;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::{Notify, mpsc};
 
 use crate::bundle;
@@ -151,7 +152,7 @@ fn bundled(first: Proposal, rest: &mut Peekable<impl Iterator<Item = Proposal>>)
         commands.push(next.command.command);
         proposer.join(next.proposer);
     }
-    Proposal { command: Placed { command: bundle::tie(commands.iter()), place, is_bundle: true }, proposer }
+    Proposal { command: Placed { command: bundle::tie(&commands), place, is_bundle: true }, proposer }
 }
 
 /// The next round into `round`; false if nobody can propose any more.
@@ -162,7 +163,7 @@ async fn gather(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>,
     // What arrived in the same read of a connection is proposed by tasks that are ready by now.
     tokio::task::yield_now().await;
     let mut landed = std::pin::pin!(flight.landed());
-    while round.len() < QUEUE && bytes(round) < ROUND_BYTES {
+    while has_room(round) {
         tokio::select! {
             biased;
             more = queue.recv_many(round, QUEUE) => if more == 0 { break },
@@ -179,23 +180,21 @@ async fn gather(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>,
 async fn last_calls(round: &mut Vec<Proposal>, queue: &mut mpsc::Receiver<Proposal>) {
     for _ in 0..LAST_CALLS {
         tokio::task::yield_now().await;
-        while round.len() < QUEUE
-            && bytes(round) < ROUND_BYTES
-            && let Ok(next) = queue.try_recv()
-        {
-            round.push(next);
+        if has_room(round) {
+            // What is there; `gather` sees a queue that is closed.
+            let _ = queue.recv_many(round, QUEUE).now_or_never();
         }
     }
 }
 
-fn bytes(round: &[Proposal]) -> usize {
-    round.iter().map(|proposal| proposal.command.bytes()).sum()
+fn has_room(round: &[Proposal]) -> bool {
+    let bytes: usize = round.iter().map(|proposal| proposal.command.bytes()).sum();
+    round.len() < QUEUE && bytes < ROUND_BYTES
 }
 
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use futures_util::FutureExt;
     use tokio::time::Instant;
 
     use super::*;
