@@ -4,6 +4,7 @@
 //! Must not know: NBD's or the link's bytes.
 
 use crate::config::{Checked, Config};
+use crate::link::stream::Stream;
 use crate::link::{Link, LinkDown, Next};
 use crate::memory;
 use crate::nbd::connection::{Connection, ConnectionId, Cut};
@@ -53,6 +54,7 @@ pub struct EventLoop {
     connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
     link: Link,
+    stream: Stream,
     volume: Volume,
     scratch: Vec<u8>,
     serving: Sender<Serving>,
@@ -87,6 +89,7 @@ impl EventLoop {
             connections: BTreeMap::new(),
             next_connection: CONNECTIONS,
             link,
+            stream: Stream::default(),
             volume,
             scratch: vec![0; SCRATCH_BYTES],
             serving,
@@ -124,7 +127,7 @@ impl EventLoop {
             self.deadlines()?;
             self.settle()?;
         }
-        self.link.detach();
+        self.stream.detach(&mut self.link);
         Ok(())
     }
 
@@ -160,16 +163,28 @@ impl EventLoop {
     }
 
     fn link_ready(&mut self) -> anyhow::Result<()> {
-        let Self { link, volume, connections, scratch, .. } = self;
-        let received = link.receive(volume, scratch, |volume, origin: Origin, result| {
+        if self.link.is_greeting() {
+            match self.link.greet(self.volume.now) {
+                Ok(None) => return Ok(()),
+                Ok(Some(accepted)) => {
+                    self.volume.accepted(&accepted, self.link.is_read_only());
+                    self.stream = Stream::new(self.link.left_over());
+                    if self.status_file.is_none() && self.stopping.is_none() {
+                        self.open_doors()?;
+                    }
+                }
+                Err(why) => return self.link_failed(&why),
+            }
+        }
+        let Self { link, stream, volume, connections, scratch, .. } = self;
+        let received = stream.receive(link, volume, scratch, |volume, origin: Origin, result| {
             match connections.get_mut(&origin.connection) {
                 Some(connection) => connection.answer(&origin.ticket, result, volume.now),
                 None => volume.budget.buried(origin.ticket.holds()),
             }
         });
         match received {
-            Ok(true) if self.status_file.is_none() && self.stopping.is_none() => self.open_doors(),
-            Ok(_) => Ok(()),
+            Ok(()) => Ok(()),
             Err(why) => self.link_failed(&why),
         }
     }
@@ -203,16 +218,19 @@ impl EventLoop {
     }
 
     fn link_failed(&mut self, why: &LinkDown) -> anyhow::Result<()> {
-        match self.link.fail(why, &mut self.volume) {
+        if self.link.is_up() {
+            self.volume.link_lost();
+            self.stream = Stream::default();
+        }
+        match self.link.fail(why, self.volume.inflight.len(), self.volume.now) {
             Next::Retry => {}
             Next::GiveUp(reason) => anyhow::bail!(reason),
             Next::Fenced => {
                 self.volume.lost = true;
                 self.connections.values_mut().for_each(Connection::fence);
-                let waiting: Vec<_> = self.volume.inflight.drain().collect();
-                for entry in waiting {
+                for entry in self.volume.inflight.drain() {
                     self.volume.count(&entry, &Err(Fault::Fenced));
-                    self.answer(&entry.context, Err(Fault::Fenced));
+                    self.answer(&entry.context.origin, Err(Fault::Fenced));
                 }
             }
         }
@@ -315,7 +333,7 @@ impl EventLoop {
             let fault = Fault::Unavailable(Unavailable::Unreachable);
             while let Some(entry) = self.volume.inflight.expire(down_since, cutoff) {
                 self.volume.count(&entry, &Err(fault));
-                self.answer(&entry.context, Err(fault));
+                self.answer(&entry.context.origin, Err(fault));
             }
         }
         if self.accept_paused.is_some_and(|until| until <= now) {
@@ -375,7 +393,7 @@ impl EventLoop {
         loop {
             self.take_stock();
             self.resume_stalled();
-            if let Err(why) = self.link.flush(&mut self.volume, &self.poller, LINK) {
+            if let Err(why) = self.stream.flush(&self.link, &mut self.volume, &self.poller, LINK) {
                 self.link_failed(&why)?;
             }
             self.want_back();
@@ -431,7 +449,7 @@ impl EventLoop {
     fn rest(&mut self) {
         if self.idle_at.is_some_and(|at| at <= self.volume.now) {
             self.idle_at = None;
-            self.link.shrink();
+            self.stream.shrink();
             self.connections.values_mut().for_each(Connection::shrink);
             if self.volume.inflight.is_empty() {
                 self.scratch = vec![0; SCRATCH_BYTES];

@@ -7,8 +7,7 @@
 //! link makes every sent request unsent again. `bounded`: [`Limits`].
 
 use spline_types::{BlockOp, BlockRequest, ByteRange, Completion, RequestId};
-use std::collections::{BTreeMap, VecDeque};
-use std::rc::Rc;
+use std::collections::VecDeque;
 use std::time::Instant;
 
 /// How much may be in the table, or on the link.
@@ -32,9 +31,7 @@ impl Limits {
 pub struct Entry<C> {
     /// The request as the gateway gets it.
     pub request: BlockRequest,
-    /// A write's data, kept for a replay; empty for other requests.
-    pub payload: Rc<Vec<u8>>,
-    /// Whom to answer.
+    /// Whom to answer, and where the data is: a write's is needed again for a replay.
     pub context: C,
     /// When the guest asked.
     pub started: Instant,
@@ -55,21 +52,34 @@ enum State {
 #[derive(Debug)]
 pub enum Outcome<C> {
     /// The guest gets this answer, now and never again.
-    Answer(Box<Entry<C>>),
+    Answer(Entry<C>),
     /// It stays in the table and is replayed on the next link.
     Kept,
     /// No such request was sent: the gateway is broken.
     Unknown,
 }
 
-/// The table. `C` is whom to answer.
+/// Bits of a request's id that name its place in the table; the bits above count up.
+const PLACE_BITS: u32 = 12;
+/// Requests that a table can hold at most.
+pub const PLACES_MAX: usize = 1 << PLACE_BITS;
+
+fn place(id: RequestId) -> usize {
+    (id.get() & (PLACES_MAX as u64 - 1)) as usize
+}
+
+/// The table. `C` is whom to answer. Takes no memory from the allocator once it has been as full as it gets.
 #[derive(Debug)]
 pub struct Inflight<C> {
-    entries: BTreeMap<RequestId, Entry<C>>,
+    places: Vec<Option<Entry<C>>>,
+    free: Vec<u16>,
+    /// Ids in the order in which they were given out; those that have ended are left out now and then.
+    order: VecDeque<RequestId>,
     /// Ids in state `Waiting`, ascending.
     waiting: VecDeque<RequestId>,
-    next: u64,
+    admitted: u64,
     limits: Limits,
+    len: usize,
     bytes: u64,
     sent: usize,
     sent_bytes: u64,
@@ -80,13 +90,16 @@ fn data_bytes(op: BlockOp, range: ByteRange) -> u64 {
 }
 
 impl<C> Inflight<C> {
-    /// An empty table.
+    /// An empty table for at most [`PLACES_MAX`] requests.
     pub fn new(limits: Limits) -> Self {
         Self {
-            entries: BTreeMap::new(),
+            places: Vec::new(),
+            free: Vec::new(),
+            order: VecDeque::new(),
             waiting: VecDeque::new(),
-            next: 1,
-            limits,
+            admitted: 0,
+            limits: Limits { requests: limits.requests.min(PLACES_MAX), ..limits },
+            len: 0,
             bytes: 0,
             sent: 0,
             sent_bytes: 0,
@@ -95,34 +108,41 @@ impl<C> Inflight<C> {
 
     /// Number of unanswered requests.
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.len
     }
 
     /// Whether nothing is unanswered.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.len == 0
     }
 
     /// Whether one more request fits.
     pub fn has_room(&self, op: BlockOp, range: ByteRange) -> bool {
-        self.limits.admit((self.entries.len(), self.bytes), data_bytes(op, range))
+        self.limits.admit((self.len, self.bytes), data_bytes(op, range))
     }
 
     /// Takes in a request; the caller has asked [`has_room`](Self::has_room). It is sent after all that came before.
     pub fn admit(
         &mut self,
         (op, range, fua): (BlockOp, ByteRange, bool),
-        payload: Vec<u8>,
         context: C,
         now: Instant,
     ) -> RequestId {
-        let id = RequestId::new(self.next);
-        self.next += 1;
+        let at = self.free.pop().unwrap_or_else(|| {
+            self.places.push(None);
+            (self.places.len() - 1) as u16
+        });
+        self.admitted += 1;
+        let id = RequestId::new(self.admitted << PLACE_BITS | u64::from(at));
         let request = BlockRequest { id, op, range, fua };
-        let entry =
-            Entry { request, payload: Rc::new(payload), context, started: now, state: State::Waiting };
+        self.places[usize::from(at)] = Some(Entry { request, context, started: now, state: State::Waiting });
+        self.len += 1;
         self.bytes += data_bytes(op, range);
-        self.entries.insert(id, entry);
+        if self.order.len() >= 2 * self.places.len().max(16) {
+            let places = &self.places;
+            self.order.retain(|id| holds(places, *id));
+        }
+        self.order.push_back(id);
         self.waiting.push_back(id);
         id
     }
@@ -130,7 +150,7 @@ impl<C> Inflight<C> {
     /// The oldest unsent request, now counted as sent; `None` if there is none or the link's `window` is full.
     pub fn next_to_send(&mut self, window: Limits) -> Option<&Entry<C>> {
         let id = *self.waiting.front()?;
-        let entry = self.entries.get_mut(&id)?;
+        let entry = self.places.get_mut(place(id))?.as_mut()?;
         let bytes = data_bytes(entry.request.op, entry.request.range);
         if !window.admit((self.sent, self.sent_bytes), bytes) {
             return None;
@@ -142,14 +162,20 @@ impl<C> Inflight<C> {
         Some(entry)
     }
 
+    /// The request `id`, if it is unanswered.
+    pub fn get(&self, id: RequestId) -> Option<&Entry<C>> {
+        self.places.get(place(id))?.as_ref().filter(|entry| entry.request.id == id)
+    }
+
     /// The request `id`, if the gateway may answer it.
-    pub fn sent(&self, id: RequestId) -> Option<&BlockRequest> {
-        self.entries.get(&id).filter(|entry| entry.state == State::Sent).map(|entry| &entry.request)
+    pub fn sent(&self, id: RequestId) -> Option<&Entry<C>> {
+        self.get(id).filter(|entry| entry.state == State::Sent)
     }
 
     /// Takes a completion that came over the link.
     pub fn complete(&mut self, id: RequestId, completion: &Completion) -> Outcome<C> {
-        let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.state == State::Sent) else {
+        let entry = self.places.get_mut(place(id)).and_then(Option::as_mut);
+        let Some(entry) = entry.filter(|entry| entry.request.id == id && entry.state == State::Sent) else {
             return Outcome::Unknown;
         };
         self.sent -= 1;
@@ -159,7 +185,7 @@ impl<C> Inflight<C> {
             return Outcome::Kept;
         }
         match self.remove(id) {
-            Some(entry) => Outcome::Answer(Box::new(entry)),
+            Some(entry) => Outcome::Answer(entry),
             None => Outcome::Unknown,
         }
     }
@@ -168,11 +194,15 @@ impl<C> Inflight<C> {
     /// sent before.
     pub fn link_lost(&mut self) -> usize {
         let mut replays = 0;
-        for entry in self.entries.values_mut() {
-            replays += usize::from(entry.state != State::Waiting);
-            entry.state = State::Waiting;
+        self.waiting.clear();
+        for id in &self.order {
+            let entry = self.places[place(*id)].as_mut().filter(|entry| entry.request.id == *id);
+            if let Some(entry) = entry {
+                replays += usize::from(entry.state != State::Waiting);
+                entry.state = State::Waiting;
+                self.waiting.push_back(*id);
+            }
         }
-        self.waiting = self.entries.keys().copied().collect();
         (self.sent, self.sent_bytes) = (0, 0);
         replays
     }
@@ -180,7 +210,7 @@ impl<C> Inflight<C> {
     /// While the link is down: takes out the oldest request if it has waited since `cutoff` or longer. A request
     /// that was on the link before waits since `down_since`.
     pub fn expire(&mut self, down_since: Instant, cutoff: Instant) -> Option<Entry<C>> {
-        let oldest = self.entries.values().next()?;
+        let oldest = self.first()?;
         if oldest.state != State::Waiting || oldest.started.max(down_since) > cutoff {
             return None;
         }
@@ -191,21 +221,35 @@ impl<C> Inflight<C> {
 
     /// When the guest asked for the oldest unanswered request.
     pub fn oldest(&self) -> Option<Instant> {
-        self.entries.values().next().map(|entry| entry.started)
+        self.first().map(|entry| entry.started)
     }
 
     /// Takes out everything, oldest first: the volume is lost.
-    pub fn drain(&mut self) -> impl Iterator<Item = Entry<C>> + use<C> {
-        self.waiting.clear();
-        (self.bytes, self.sent, self.sent_bytes) = (0, 0, 0);
-        std::mem::take(&mut self.entries).into_values()
+    pub fn drain(&mut self) -> Vec<Entry<C>> {
+        self.link_lost();
+        let ids: Vec<RequestId> = self.waiting.drain(..).collect();
+        ids.into_iter().filter_map(|id| self.remove(id)).collect()
+    }
+
+    /// The first of `order` is always unanswered.
+    fn first(&self) -> Option<&Entry<C>> {
+        self.order.front().and_then(|id| self.get(*id))
     }
 
     fn remove(&mut self, id: RequestId) -> Option<Entry<C>> {
-        let entry = self.entries.remove(&id)?;
+        let entry = self.places.get_mut(place(id))?.take_if(|entry| entry.request.id == id)?;
+        self.free.push(place(id) as u16);
+        self.len -= 1;
         self.bytes -= data_bytes(entry.request.op, entry.request.range);
+        while self.order.front().is_some_and(|first| !holds(&self.places, *first)) {
+            self.order.pop_front();
+        }
         Some(entry)
     }
+}
+
+fn holds<C>(places: &[Option<Entry<C>>], id: RequestId) -> bool {
+    places[place(id)].as_ref().is_some_and(|entry| entry.request.id == id)
 }
 
 #[cfg(test)]

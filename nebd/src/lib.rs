@@ -23,6 +23,7 @@ pub mod poller;
 pub mod receive;
 pub mod send_queue;
 pub mod status_file;
+pub mod vhost;
 pub mod volume;
 
 pub use config::Config;

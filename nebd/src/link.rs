@@ -1,24 +1,23 @@
-//! The link to the gateway: connects, says hello, sends requests and takes completions; comes back for ever.
+//! The link to the gateway: connects, says hello, tells what a lost link means; comes back for ever.
 //!
-//! Called by the event loop. Must not know: NBD, clients. `replay_before_new`: after a lost link the in-flight table
-//! hands out everything unanswered again, oldest first, before what came later.
+//! Called by the event loop and by vhost workers, each with a link of its own. What travels over it is [`stream`]'s for NBD
+//! and `vhost::stream`'s for guests. Must not know: NBD, virtio, requests. `replay_before_new`: whoever loses a link makes
+//! its in-flight table hand out everything unanswered again, oldest first, before what came later.
 
 pub mod reader;
+pub mod stream;
 
-use crate::inflight::{Limits, Outcome};
+use crate::inflight::Limits;
 use crate::poller::Poller;
-use crate::receive::{READS_PER_TURN, Received, read_after, read_payload};
-use crate::send_queue::{self, SendQueue};
-use crate::volume::{Answer, Origin, ReadData, Volume};
-use reader::{Body, Reader};
+use crate::send_queue;
 use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use spline_link::{Accepted, Header, Hello, LinkError, Message, Mode, Refusal, Refused, Welcome, extents};
-use spline_types::{BlockOp, Completion, Fault, OnUnavailable, RequestId, Unavailable};
+use spline_link::{Accepted, Hello, InstanceId, LinkError, Mode, Refusal, Refused, Welcome};
+use spline_types::{OnUnavailable, RequestId};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -30,8 +29,8 @@ const BACKOFF_MAX: Duration = Duration::from_millis(500);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest wait for a leaving gateway to close; its own drain limit is 2 s.
 const LEAVING_TIMEOUT: Duration = Duration::from_secs(10);
-/// Unsent bytes past which requests stay in the table: more would only lie in another queue.
-const UNSENT_MAX: usize = 1 << 20;
+/// Bytes of one read while the welcome is awaited: more than the largest.
+const GREETING_BYTES: usize = 4096;
 
 /// Why a link ended.
 #[derive(Debug, Error)]
@@ -78,15 +77,14 @@ enum State {
     Ended,
 }
 
-/// The link. Owned by the event loop.
+/// The link. Owned by one thread.
 #[derive(Debug)]
 pub struct Link {
     path: PathBuf,
     hello: Hello,
     state: State,
-    reader: Reader,
-    partial: Vec<u8>,
-    out: SendQueue,
+    /// What came before the welcome was whole; afterwards what came behind it.
+    greeting: Vec<u8>,
     window: Limits,
     on_unavailable: OnUnavailable,
     /// A gateway has served the volume.
@@ -95,7 +93,6 @@ pub struct Link {
     down_since: Instant,
     /// What was logged last about a failed attempt, so that it is logged once.
     told: Option<String>,
-    watching_out: bool,
 }
 
 impl Link {
@@ -105,22 +102,47 @@ impl Link {
             path,
             hello,
             state: State::Down { retry_at: now },
-            reader: Reader::default(),
-            partial: Vec::new(),
-            out: SendQueue::default(),
+            greeting: Vec::new(),
             window: Limits { requests: 1, bytes: 0 },
             on_unavailable: OnUnavailable::Wait,
             served: false,
             backoff: BACKOFF_MIN,
             down_since: now,
             told: None,
-            watching_out: false,
         }
     }
 
     /// Whether requests are answered.
     pub fn is_up(&self) -> bool {
         matches!(self.state, State::Up { .. })
+    }
+
+    /// Whether the welcome is awaited.
+    pub fn is_greeting(&self) -> bool {
+        matches!(self.state, State::Greeting { .. })
+    }
+
+    /// The socket, while requests are answered.
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
+        match &self.state {
+            State::Up { socket, .. } => Some(socket.as_fd()),
+            _ => None,
+        }
+    }
+
+    /// How much may be on the link; nothing while there is none, or while the gateway is leaving.
+    pub fn window(&self) -> Option<Limits> {
+        matches!(self.state, State::Up { leaving: None, .. }).then_some(self.window)
+    }
+
+    /// What the hello asks for: this export's reading only, by our config.
+    pub fn is_read_only(&self) -> bool {
+        self.hello.read_only
+    }
+
+    /// The hello of another link of this process to the same volume: it joins the session that this one has opened.
+    pub fn sibling_hello(&self, instance: InstanceId) -> Hello {
+        Hello { mode: Mode::Open, force: false, instance, ..self.hello.clone() }
     }
 
     /// Begins anew after the volume was lost: as a first link, since nothing from before is left to be replayed, but of the
@@ -171,25 +193,80 @@ impl Link {
         net::connect(&socket, &address).map_err(io::Error::from)?;
         poller.add(socket.as_fd(), token, EventFlags::IN)?;
         send_queue::widen(socket.as_fd());
-        self.watching_out = false;
-        self.out.push(&self.hello.encode());
+        // A hello is small and the socket empty: it takes all of it.
+        rustix::io::write(&socket, &self.hello.encode()).map_err(io::Error::from)?;
+        self.greeting.clear();
         self.state = State::Greeting { socket, deadline: now + WELCOME_TIMEOUT };
         Ok(())
     }
 
-    /// Ends a link and decides what follows.
-    pub fn fail(&mut self, why: &LinkDown, volume: &mut Volume) -> Next {
+    /// Reads the welcome as far as it has come; answers it once it is there and accepts. What came behind it is
+    /// [`left_over`](Self::left_over).
+    ///
+    /// # Errors
+    /// The link ended; the caller calls [`fail`](Self::fail).
+    pub fn greet(&mut self, now: Instant) -> Result<Option<Accepted>, LinkDown> {
+        let State::Greeting { socket, .. } = &self.state else { return Ok(None) };
+        let mut buffer = [0; GREETING_BYTES];
+        let count = match rustix::io::read(socket, &mut buffer) {
+            Ok(0) => return Err(LinkDown::Closed),
+            Ok(count) => count,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(error) => return Err(LinkDown::Io(error.into())),
+        };
+        self.greeting.extend_from_slice(&buffer[..count]);
+        let Some((welcome, used)) = Welcome::decode(&self.greeting)? else { return Ok(None) };
+        self.greeting.drain(..used);
+        let accepted = match welcome {
+            Welcome::Accepted(accepted) => accepted,
+            Welcome::Refused(refused) => return Err(LinkDown::Refused(refused)),
+        };
+        if self.hello.identity.is_some_and(|known| known != accepted.identity) {
+            return Err(LinkError::Mismatch { field: "identity", value: accepted.identity.parts().1 }.into());
+        }
+        self.accept(&accepted, now);
+        Ok(Some(accepted))
+    }
+
+    /// The first bytes of the stream, which came together with the welcome. To be taken once.
+    pub fn left_over(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.greeting)
+    }
+
+    fn accept(&mut self, accepted: &Accepted, now: Instant) {
+        if let State::Greeting { socket, .. } =
+            std::mem::replace(&mut self.state, State::Down { retry_at: now })
+        {
+            self.state = State::Up { socket, leaving: None };
+        }
+        self.window = Limits { requests: accepted.requests_max as usize, bytes: accepted.bytes_max };
+        self.on_unavailable = accepted.on_unavailable;
+        (self.hello.mode, self.hello.identity) =
+            (Mode::Resume { epoch: accepted.epoch }, Some(accepted.identity));
+        self.served = true;
+        self.backoff = BACKOFF_MIN;
+        self.told = None;
+        tracing::info!(epoch = %accepted.epoch, size = accepted.geometry.size, "link to the gateway is up");
+    }
+
+    /// The gateway leaves: it gets no more requests, answers what it can and closes.
+    pub fn gateway_leaves(&mut self, now: Instant) {
+        if let State::Up { leaving, .. } = &mut self.state {
+            leaving.get_or_insert(now + LEAVING_TIMEOUT);
+        }
+    }
+
+    /// Ends a link and decides what follows. If it was up, the caller has its in-flight table replay; `waiting` is how
+    /// many requests that are.
+    pub fn fail(&mut self, why: &LinkDown, waiting: usize, now: Instant) -> Next {
         let was_up = self.is_up();
         // Closing the socket also takes it out of epoll.
-        self.state = State::Down { retry_at: volume.now + self.backoff };
-        (self.reader, self.partial, self.out) = (Reader::default(), Vec::new(), SendQueue::default());
+        self.state = State::Down { retry_at: now + self.backoff };
+        self.greeting = Vec::new();
         if was_up {
-            self.down_since = volume.now;
-            self.state = State::Down { retry_at: volume.now };
-            volume.metrics.link_up.set(0);
-            let replays = volume.inflight.link_lost();
-            volume.metrics.replays.inc_by(replays as u64);
-            tracing::warn!(reason = %why, waiting = volume.inflight.len(), "link to the gateway lost");
+            self.down_since = now;
+            self.state = State::Down { retry_at: now };
+            tracing::warn!(reason = %why, waiting, "link to the gateway lost");
         } else {
             self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
         }
@@ -250,196 +327,8 @@ impl Link {
         self.told = Some(reason);
     }
 
-    /// Reads what has come. Each answered request goes to `answer`, exactly once (`complete_once`). Answers whether
-    /// the volume was just accepted.
-    ///
-    /// # Errors
-    /// The link ended; the caller calls [`fail`](Self::fail).
-    pub fn receive(
-        &mut self,
-        volume: &mut Volume,
-        scratch: &mut [u8],
-        mut answer: impl FnMut(&mut Volume, Origin, Result<Answer<'_>, Fault>),
-    ) -> Result<bool, LinkDown> {
-        let mut accepted = false;
-        for _ in 0..READS_PER_TURN {
-            let (State::Greeting { socket, .. } | State::Up { socket, .. }) = &self.state else {
-                return Ok(accepted);
-            };
-            let mut direct = false;
-            let received = match self.reader.payload() {
-                Some((payload, missing)) if self.partial.is_empty() => {
-                    direct = true;
-                    read_payload(socket.as_fd(), payload, missing, &mut self.partial)?
-                }
-                _ => read_after(socket.as_fd(), &mut self.partial, scratch)?,
-            };
-            let Received::Bytes { count, drained } = received else {
-                return if received == Received::Closed { Err(LinkDown::Closed) } else { Ok(accepted) };
-            };
-            let left = std::mem::take(&mut self.partial);
-            let mut input = if direct { &left[..] } else { &scratch[..count] };
-            if matches!(self.state, State::Greeting { .. }) {
-                accepted |= self.welcome(&mut input, volume)?;
-            }
-            if self.is_up() {
-                while let Some((message, body)) = self.reader.next(&mut input)? {
-                    self.act(message, body, volume, &mut answer)?;
-                }
-            }
-            self.partial.extend_from_slice(input);
-            if drained {
-                break;
-            }
-        }
-        Ok(accepted)
-    }
-
-    /// Puts unsent requests into the queue, oldest first, and sends what the socket takes.
-    ///
-    /// # Errors
-    /// The link ended; the caller calls [`fail`](Self::fail).
-    pub fn flush(&mut self, volume: &mut Volume, poller: &Poller, token: u64) -> Result<(), LinkDown> {
-        let (socket, up) = match &self.state {
-            State::Greeting { socket, .. } => (socket, false),
-            State::Up { socket, leaving } => (socket, leaving.is_none()),
-            State::Down { .. } | State::Ended => return Ok(()),
-        };
-        loop {
-            while up && self.out.bytes() < UNSENT_MAX {
-                let Some(entry) = volume.inflight.next_to_send(self.window) else { break };
-                self.out.push(&Header::request(entry.request).encode());
-                self.out.push_shared(&entry.payload, 0..entry.payload.len());
-            }
-            let queued = self.out.bytes();
-            if queued == 0 || !self.out.write_to(socket.as_fd())? || queued < UNSENT_MAX {
-                break;
-            }
-        }
-        let watch_out = !self.out.is_empty();
-        if watch_out != self.watching_out {
-            let flags = if watch_out { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
-            poller.modify(socket.as_fd(), token, flags)?;
-            self.watching_out = watch_out;
-        }
-        Ok(())
-    }
-
-    /// Says goodbye for good: the gateway may close the session. Sent as far as the socket takes it.
-    pub fn detach(&mut self) {
-        if let State::Up { socket, .. } = &self.state {
-            self.out.push(&Header::bare(Message::Detach).encode());
-            if let Err(error) = self.out.write_to(socket.as_fd()) {
-                tracing::debug!(%error, "goodbye to the gateway not sent");
-            }
-        }
+    /// Ends for good; the caller has said goodbye ([`Message::Detach`](spline_link::Message::Detach)).
+    pub fn end(&mut self) {
         self.state = State::Ended;
-    }
-
-    /// Gives memory back while nothing happens.
-    pub fn shrink(&mut self) {
-        self.out.shrink();
-        self.partial.shrink_to_fit();
-    }
-
-    fn welcome(&mut self, input: &mut &[u8], volume: &mut Volume) -> Result<bool, LinkDown> {
-        let Some((welcome, used)) = Welcome::decode(input)? else { return Ok(false) };
-        *input = &input[used..];
-        let accepted = match welcome {
-            Welcome::Accepted(accepted) => accepted,
-            Welcome::Refused(refused) => return Err(LinkDown::Refused(refused)),
-        };
-        if self.hello.identity.is_some_and(|known| known != accepted.identity) {
-            return Err(LinkError::Mismatch { field: "identity", value: accepted.identity.parts().1 }.into());
-        }
-        self.accept(&accepted, volume);
-        Ok(true)
-    }
-
-    fn accept(&mut self, accepted: &Accepted, volume: &mut Volume) {
-        if let State::Greeting { socket, .. } =
-            std::mem::replace(&mut self.state, State::Down { retry_at: volume.now })
-        {
-            self.state = State::Up { socket, leaving: None };
-        }
-        volume.export.update(accepted, self.hello.read_only);
-        self.window = Limits { requests: accepted.requests_max as usize, bytes: accepted.bytes_max };
-        self.on_unavailable = accepted.on_unavailable;
-        (self.hello.mode, self.hello.identity) =
-            (Mode::Resume { epoch: accepted.epoch }, Some(accepted.identity));
-        self.served = true;
-        self.backoff = BACKOFF_MIN;
-        self.told = None;
-        volume.metrics.link_up.set(1);
-        volume.metrics.link_connects.inc();
-        let size = accepted.geometry.size;
-        tracing::info!(epoch = %accepted.epoch, size, waiting = volume.inflight.len(), "link to the gateway is up");
-    }
-
-    fn act(
-        &mut self,
-        message: Message,
-        body: Body<'_>,
-        volume: &mut Volume,
-        answer: &mut impl FnMut(&mut Volume, Origin, Result<Answer<'_>, Fault>),
-    ) -> Result<(), LinkDown> {
-        match message {
-            Message::Reply { id, completion } => complete(id, &completion, body, volume, answer),
-            Message::Resized { size } => {
-                tracing::info!(size, "volume resized");
-                volume.export.geometry.size = size;
-                Ok(())
-            }
-            Message::Leaving => {
-                if let State::Up { leaving, .. } = &mut self.state {
-                    leaving.get_or_insert(volume.now + LEAVING_TIMEOUT);
-                }
-                Ok(())
-            }
-            Message::Lost => Err(LinkDown::Lost),
-            Message::Request(_) => Err(LinkError::Unknown { field: "kind", value: 1 }.into()),
-            Message::Detach => Err(LinkError::Unknown { field: "kind", value: 6 }.into()),
-        }
-    }
-}
-
-/// Checks an answer against its request before anything is done with it.
-fn complete(
-    id: RequestId,
-    completion: &Completion,
-    body: Body<'_>,
-    volume: &mut Volume,
-    answer: &mut impl FnMut(&mut Volume, Origin, Result<Answer<'_>, Fault>),
-) -> Result<(), LinkDown> {
-    let request = volume.inflight.sent(id).ok_or(LinkDown::WrongAnswer(id))?;
-    let expected = match (completion, request.op) {
-        (Completion::Done(()), BlockOp::Read) => request.range.length(),
-        (Completion::Done(()), BlockOp::Status) => body.bytes().len() as u64,
-        _ => 0,
-    };
-    if body.bytes().len() as u64 != expected {
-        return Err(LinkDown::WrongAnswer(id));
-    }
-    let result = match (completion, request.op) {
-        (Completion::Done(()), BlockOp::Read) => Ok(Answer::Data(match body {
-            Body::Slice(bytes) => ReadData::Slice(bytes),
-            Body::Whole(bytes) => ReadData::Shared(Rc::new(bytes)),
-        })),
-        (Completion::Done(()), BlockOp::Status) => {
-            Ok(Answer::Extents(extents::decode(body.bytes(), request.range.length())?))
-        }
-        (Completion::Done(()), _) => Ok(Answer::Done),
-        (Completion::Failed(fault), _) => Err(*fault),
-        (Completion::Withdrawn, _) => Err(Fault::Unavailable(Unavailable::Unreachable)),
-    };
-    match volume.inflight.complete(id, completion) {
-        Outcome::Answer(entry) => {
-            volume.count(&entry, &result.as_ref().map(|_| ()).map_err(|fault| *fault));
-            answer(volume, entry.context, result);
-            Ok(())
-        }
-        // Withdrawn: the guest learns nothing, the next link gets it again.
-        Outcome::Kept => Ok(()),
-        Outcome::Unknown => Err(LinkDown::WrongAnswer(id)),
     }
 }

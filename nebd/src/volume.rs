@@ -8,6 +8,7 @@ use crate::inflight::{Entry, Inflight};
 use crate::metrics::Metrics;
 use crate::nbd::connection::ConnectionId;
 use crate::nbd::transmission::Ticket;
+use spline_link::Accepted;
 use spline_types::{Extent, Fault};
 use std::rc::Rc;
 use std::time::Instant;
@@ -19,6 +20,15 @@ pub struct Origin {
     pub connection: ConnectionId,
     /// The client's request.
     pub ticket: Ticket,
+}
+
+/// What the in-flight table keeps of a client's request.
+#[derive(Debug)]
+pub struct Asked {
+    /// Whom to answer.
+    pub origin: Origin,
+    /// A write's data, kept for a replay; empty for other requests.
+    pub payload: Rc<Vec<u8>>,
 }
 
 /// Data of a read.
@@ -57,7 +67,7 @@ pub struct Volume {
     /// What guests are told.
     pub export: Export,
     /// What guests wait for.
-    pub inflight: Inflight<Origin>,
+    pub inflight: Inflight<Asked>,
     /// What clients' data may take.
     pub budget: Budget,
     /// Another session has the volume, or had it: the link is at rest until a client that came afterwards asks.
@@ -69,8 +79,22 @@ pub struct Volume {
 }
 
 impl Volume {
+    /// The link is gone: what it was sent will be sent again.
+    pub fn link_lost(&mut self) {
+        self.metrics.link_up.set(0);
+        let replays = self.inflight.link_lost();
+        self.metrics.replays.inc_by(replays as u64);
+    }
+
+    /// A gateway serves the volume; `read_only` is what our config wants.
+    pub fn accepted(&mut self, accepted: &Accepted, read_only: bool) {
+        self.export.update(accepted, read_only);
+        self.metrics.link_up.set(1);
+        self.metrics.link_connects.inc();
+    }
+
     /// Counts a request that leaves the table.
-    pub fn count(&self, entry: &Entry<Origin>, result: &Result<(), Fault>) {
+    pub fn count(&self, entry: &Entry<Asked>, result: &Result<(), Fault>) {
         let request = &entry.request;
         self.metrics.answered(request.op, request.range.length(), self.now - entry.started, result);
     }

@@ -12,7 +12,7 @@ use spline_link::{Identity, Message, Mode, Refusal};
 use spline_nebd::nbd::protocol::*;
 use spline_nebd::status_file::StatusFile;
 use spline_nebd::{Config, Nebd};
-use spline_types::{Epoch, Fault, OnUnavailable};
+use spline_types::{BlockRequest, Epoch, Fault, OnUnavailable};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::path::PathBuf;
@@ -100,9 +100,12 @@ fn replay_before_new() {
     assert_eq!(answered, [(1, 0), (2, 0), (3, 0), (4, 0)], "complete_once");
     let control = gateway.lock();
     assert_eq!(control.links, [Mode::Open, Mode::Resume { epoch: Epoch::new(1) }]);
-    let on = |link| control.received.iter().filter(move |(at, _)| *at == link).map(|(_, r)| r.id.get());
-    assert_eq!(on(0).collect::<Vec<_>>(), [1, 2, 3]);
-    assert_eq!(on(1).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    let on = |link| control.received.iter().filter(move |(at, _)| *at == link).map(|(_, request)| *request);
+    let block = |request: BlockRequest| request.range.offset() / 4096;
+    assert_eq!(on(0).map(block).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(on(1).map(block).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    assert!(on(0).zip(on(1)).all(|(first, again)| first == again), "a replay is the same request");
+    assert!(on(1).map(|request| request.id).is_sorted(), "ids grow");
     drop(control);
     assert_eq!(client.read(5, 3 * 4096, 1), [3]);
 }

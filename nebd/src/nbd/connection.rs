@@ -14,11 +14,12 @@ use crate::nbd::reply;
 use crate::nbd::transmission::{Event, Incoming, Room, Ticket, Transmission};
 use crate::receive::{READS_PER_TURN, Received, read_after, read_payload};
 use crate::send_queue::SendQueue;
-use crate::volume::{Answer, Origin, Volume};
+use crate::volume::{Answer, Asked, Origin, Volume};
 use rustix::event::epoll::EventFlags;
 use spline_types::{BlockOp, Fault};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -414,6 +415,7 @@ impl Connection {
         }
         volume.budget.unpark(self.id);
         let origin = Origin { connection: self.id, ticket };
-        volume.inflight.admit((ticket.op, ticket.range, fua), payload, origin, volume.now);
+        let asked = Asked { origin, payload: Rc::new(payload) };
+        volume.inflight.admit((ticket.op, ticket.range, fua), asked, volume.now);
     }
 }
