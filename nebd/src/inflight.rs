@@ -231,6 +231,35 @@ impl<C> Inflight<C> {
         ids.into_iter().filter_map(|id| self.remove(id)).collect()
     }
 
+    /// Looks at every unanswered request, oldest first.
+    pub fn contexts_mut(&mut self, mut look: impl FnMut(&mut C)) {
+        for id in &self.order {
+            let entry = self.places[place(*id)].as_mut().filter(|entry| entry.request.id == *id);
+            if let Some(entry) = entry {
+                look(&mut entry.context);
+            }
+        }
+    }
+
+    /// Takes a request out whose guest does not wait any more.
+    pub fn forget(&mut self, id: RequestId) -> Option<Entry<C>> {
+        let entry = self.get(id)?;
+        match entry.state {
+            State::Sent => {
+                self.sent_bytes -= data_bytes(entry.request.op, entry.request.range);
+                self.sent -= 1;
+            }
+            State::Waiting => self.waiting.retain(|waiting| *waiting != id),
+            State::Withdrawn => {}
+        }
+        self.remove(id)
+    }
+
+    /// The requests that were not sent, oldest first.
+    pub fn unsent(&self) -> impl Iterator<Item = RequestId> {
+        self.waiting.iter().copied()
+    }
+
     /// The first of `order` is always unanswered.
     fn first(&self) -> Option<&Entry<C>> {
         self.order.front().and_then(|id| self.get(*id))

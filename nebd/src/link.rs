@@ -13,7 +13,7 @@ use crate::send_queue;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use spline_link::{Accepted, Hello, InstanceId, LinkError, Mode, Refusal, Refused, Welcome};
+use spline_link::{Accepted, Hello, LinkError, Mode, Refusal, Refused, Welcome};
 use spline_types::{OnUnavailable, RequestId};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -53,6 +53,9 @@ pub enum LinkDown {
     /// The gateway refused the hello.
     #[error("gateway refuses the volume: {}", .0.text)]
     Refused(Refused),
+    /// We cut it, in the middle of a request that nobody waits for any more.
+    #[error("cut within a request whose guest is gone")]
+    Abandoned,
     /// The session went to someone newer.
     #[error("a newer session holds the volume")]
     Lost,
@@ -138,11 +141,6 @@ impl Link {
     /// What the hello asks for: this export's reading only, by our config.
     pub fn is_read_only(&self) -> bool {
         self.hello.read_only
-    }
-
-    /// The hello of another link of this process to the same volume: it joins the session that this one has opened.
-    pub fn sibling_hello(&self, instance: InstanceId) -> Hello {
-        Hello { mode: Mode::Open, force: false, instance, ..self.hello.clone() }
     }
 
     /// Begins anew after the volume was lost: as a first link, since nothing from before is left to be replayed, but of the

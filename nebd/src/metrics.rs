@@ -1,23 +1,140 @@
-//! Counters of nebd, `spline_nebd_*`. Handles are resolved once: counting takes no look-up on the IO path.
+//! Counters of nebd, `spline_nebd_*`. Handles are resolved once: counting takes no look-up on the IO path, and each thread has
+//! its own, so that no lock is shared between queues.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 use spline_process::metrics::latency_histogram;
 use spline_types::{BlockOp, Fault};
 use std::time::Duration;
 
+/// Whose counters these are.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct Owner {
+    /// The volume.
+    pub volume: String,
+    /// The thread that counts: `nbd`, or `vhost-0` and so on.
+    pub thread: String,
+}
+
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct OpLabel {
+    #[prometheus(flatten)]
+    owner: Owner,
     op: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct FaultLabel {
+    #[prometheus(flatten)]
+    owner: Owner,
     fault: &'static str,
+}
+
+type Counters = Family<Owner, Counter>;
+type Gauges = Family<Owner, Gauge>;
+
+/// All counters of a process, by owner.
+#[derive(Clone, Debug)]
+pub struct Families {
+    requests: Family<OpLabel, Counter>,
+    bytes: Family<OpLabel, Counter>,
+    latency: Family<OpLabel, Histogram>,
+    faults: Family<FaultLabel, Counter>,
+    inflight: Gauges,
+    replays: Counters,
+    link_up: Gauges,
+    link_connects: Counters,
+    connections: Gauges,
+    connects: Counters,
+    protocol_errors: Counters,
+    stuck: Counters,
+    resubmitted: Counters,
+    broken_queues: Counters,
+}
+
+impl Families {
+    /// Registers the counters; once for a process.
+    pub fn new(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("spline_nebd");
+        Self {
+            requests: add(registry, "requests", "Requests of guests answered", Family::default()),
+            bytes: add(registry, "bytes", "Bytes of answered requests' ranges", Family::default()),
+            latency: add(
+                registry,
+                "request_seconds",
+                "Time from a request to its answer",
+                Family::new_with_constructor(latency_histogram as fn() -> Histogram),
+            ),
+            faults: add(registry, "faults", "Requests answered with an error", Family::default()),
+            inflight: add(registry, "inflight_requests", "Requests that guests wait for", Family::default()),
+            replays: add(registry, "replays", "Requests sent again after a lost link", Family::default()),
+            link_up: add(registry, "link_up", "1 while a gateway serves the volume", Family::default()),
+            link_connects: add(registry, "link_connects", "Hellos accepted by a gateway", Family::default()),
+            connections: add(registry, "connections", "Connected clients", Family::default()),
+            connects: add(registry, "client_connects", "Clients ever connected", Family::default()),
+            protocol_errors: add(
+                registry,
+                "protocol_errors",
+                "Connections cut for a protocol error",
+                Family::default(),
+            ),
+            stuck: add(
+                registry,
+                "stuck_clients",
+                "Clients that took nothing of what they held while others waited for it",
+                Family::default(),
+            ),
+            resubmitted: add(
+                registry,
+                "resubmitted_requests",
+                "Requests of a guest that an earlier process left unanswered",
+                Family::default(),
+            ),
+            broken_queues: add(
+                registry,
+                "broken_queues",
+                "Virtqueues that made no sense and were not served until their reset",
+                Family::default(),
+            ),
+        }
+    }
+
+    /// The handles of one owner.
+    pub fn of(&self, volume: &str, thread: &str) -> Metrics {
+        let owner = Owner { volume: volume.to_owned(), thread: thread.to_owned() };
+        let ops = OPS.map(|op| {
+            let label = OpLabel { owner: owner.clone(), op: op.name() };
+            PerOp {
+                requests: self.requests.get_or_create_owned(&label),
+                bytes: self.bytes.get_or_create_owned(&label),
+                latency: self.latency.get_or_create_owned(&label),
+            }
+        });
+        Metrics {
+            ops,
+            faults: self.faults.clone(),
+            inflight: self.inflight.get_or_create_owned(&owner),
+            replays: self.replays.get_or_create_owned(&owner),
+            link_up: self.link_up.get_or_create_owned(&owner),
+            link_connects: self.link_connects.get_or_create_owned(&owner),
+            connections: self.connections.get_or_create_owned(&owner),
+            connects: self.connects.get_or_create_owned(&owner),
+            protocol_errors: self.protocol_errors.get_or_create_owned(&owner),
+            stuck: self.stuck.get_or_create_owned(&owner),
+            resubmitted: self.resubmitted.get_or_create_owned(&owner),
+            broken_queues: self.broken_queues.get_or_create_owned(&owner),
+            owner,
+        }
+    }
+}
+
+fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 #[derive(Debug)]
@@ -27,9 +144,10 @@ struct PerOp {
     latency: Histogram,
 }
 
-/// All counters.
+/// The counters of one thread.
 #[derive(Debug)]
 pub struct Metrics {
+    owner: Owner,
     ops: [PerOp; 7],
     faults: Family<FaultLabel, Counter>,
     /// Requests that guests wait for.
@@ -48,6 +166,10 @@ pub struct Metrics {
     pub protocol_errors: Counter,
     /// Times that a client was named for memory that it held and did not take while others waited for it.
     pub stuck: Counter,
+    /// Requests of a guest that an earlier process left unanswered.
+    pub resubmitted: Counter,
+    /// Virtqueues that made no sense.
+    pub broken_queues: Counter,
 }
 
 const OPS: [BlockOp; 7] = [
@@ -73,50 +195,9 @@ const fn place(op: BlockOp) -> usize {
 }
 
 impl Metrics {
-    /// Registers the counters.
+    /// The only ones of a process.
     pub fn new(registry: &mut Registry) -> Self {
-        let registry = registry.sub_registry_with_prefix("spline_nebd");
-        let requests = Family::<OpLabel, Counter>::default();
-        let bytes = Family::<OpLabel, Counter>::default();
-        let latency = Family::<OpLabel, Histogram>::new_with_constructor(latency_histogram);
-        registry.register("requests", "Requests of guests answered", requests.clone());
-        registry.register("bytes", "Bytes of answered requests' ranges", bytes.clone());
-        registry.register("request_seconds", "Time from a request to its answer", latency.clone());
-        let ops = OPS.map(|op| {
-            let label = OpLabel { op: op.name() };
-            PerOp {
-                requests: requests.get_or_create_owned(&label),
-                bytes: bytes.get_or_create_owned(&label),
-                latency: latency.get_or_create_owned(&label),
-            }
-        });
-        let metrics = Self {
-            ops,
-            faults: Family::default(),
-            inflight: Gauge::default(),
-            replays: Counter::default(),
-            link_up: Gauge::default(),
-            link_connects: Counter::default(),
-            connections: Gauge::default(),
-            connects: Counter::default(),
-            protocol_errors: Counter::default(),
-            stuck: Counter::default(),
-        };
-        registry.register("faults", "Requests answered with an error", metrics.faults.clone());
-        registry.register("inflight_requests", "Requests that guests wait for", metrics.inflight.clone());
-        registry.register("replays", "Requests sent again after a lost link", metrics.replays.clone());
-        registry.register("link_up", "1 while a gateway serves the volume", metrics.link_up.clone());
-        registry.register("link_connects", "Hellos accepted by a gateway", metrics.link_connects.clone());
-        registry.register("connections", "Connected clients", metrics.connections.clone());
-        registry.register("client_connects", "Clients ever connected", metrics.connects.clone());
-        let protocol_errors = metrics.protocol_errors.clone();
-        registry.register("protocol_errors", "Connections cut for a protocol error", protocol_errors);
-        registry.register(
-            "stuck_clients",
-            "Clients that took nothing of what they held while others waited for it",
-            metrics.stuck.clone(),
-        );
-        metrics
+        Families::new(registry).of("", "nbd")
     }
 
     /// Counts an answered request of `length` bytes.
@@ -134,6 +215,6 @@ impl Metrics {
 
     /// Counts a request that was answered with an error.
     pub fn refused(&self, fault: Fault) {
-        self.faults.get_or_create(&FaultLabel { fault: fault.name() }).inc();
+        self.faults.get_or_create(&FaultLabel { owner: self.owner.clone(), fault: fault.name() }).inc();
     }
 }

@@ -41,6 +41,12 @@ impl Poller {
         Ok(epoll::modify(&self.epoll, fd, EventData::new_u64(token), flags)?)
     }
 
+    /// Watches `fd` no more, though it stays open.
+    pub fn remove(&self, fd: BorrowedFd<'_>) {
+        // What is not watched needs no more.
+        let _ = epoll::delete(&self.epoll, fd);
+    }
+
     /// Waits until something is ready or `timeout` has passed (rounded up, so that a deadline has passed after it);
     /// fills `ready` with tokens and flags.
     ///

@@ -5,3 +5,15 @@
 //!
 //! Knows: vhost-user, virtqueues, guest memory. Must not know: NBD, the link's encoding beyond its frames, the cluster.
 //! `guest_cannot_crash_us`: what a guest writes is copied once, then checked, then used.
+
+pub mod inflight;
+pub mod memory;
+pub mod order;
+pub mod queue;
+pub mod request;
+pub mod status;
+pub mod stream;
+pub mod worker;
+
+#[cfg(test)]
+mod driver;

@@ -129,6 +129,15 @@ pub struct Segment {
     pub length: u32,
 }
 
+impl Segment {
+    /// What is left of it without its first `bytes`.
+    #[must_use]
+    pub fn skip(self, bytes: u32) -> Self {
+        let bytes = bytes.min(self.length);
+        Self { offset: self.offset + u64::from(bytes), length: self.length - bytes, ..self }
+    }
+}
+
 /// All regions of a guest at one time. Never changes: another table is another one, and shares what stays.
 #[derive(Clone, Debug, Default)]
 pub struct GuestMemory {

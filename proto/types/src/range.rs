@@ -12,6 +12,9 @@ pub struct ByteRange {
 }
 
 impl ByteRange {
+    /// No bytes: the range of requests that have none, such as a flush.
+    pub const EMPTY: Self = Self { offset: 0, length: 0 };
+
     /// A range, or `None` if its end would overflow 64 bits.
     pub const fn new(offset: u64, length: u64) -> Option<Self> {
         match offset.checked_add(length) {
