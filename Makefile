@@ -9,7 +9,7 @@ FUZZ_SECONDS ?= 600
 FUZZ_TOOLCHAIN ?= nightly
 FUZZ_TARGETS = nbd link wire wal
 TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
-	qemu-system-x86_64:qemu-system-x86
+	qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-system-common
 
 .PHONY: demo check test bench soak fuzz fuzz-tools fmt tools cargo
 

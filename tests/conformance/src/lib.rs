@@ -1,8 +1,13 @@
-//! What NBD clients that nobody here wrote see: nbdinfo, nbdcopy, qemu-img, qemu-io, fio, the `nbd` crate.
+//! What clients that nobody here wrote see: nbdinfo, nbdcopy, qemu-img, qemu-io, fio and the `nbd` crate of NBD; the `blkio`
+//! crate and the `vhost` crate's front-end of vhost-user-blk.
 //!
-//! One file per behaviour under `tests/`; `tests/bad_input/` has one per bad input. Here is what several of them need:
-//! [`raw`] speaks NBD byte by byte, [`stage`] watches nebd meanwhile. Must never know: how Spline works.
+//! One file per behaviour: those that NBD and vhost-user-blk share are in `tests/behaviours/`, each written once against
+//! a [`disk`] and tried on every [`place`]; those that only NBD has lie under `tests/`. One file per bad input:
+//! `tests/bad_input/` for NBD, where [`raw`] speaks byte by byte and [`stage`] watches nebd meanwhile. Must never
+//! know: how Spline works.
 
+pub mod disk;
+pub mod place;
 pub mod raw;
 pub mod stage;
 
@@ -16,11 +21,11 @@ pub const MIB: u64 = 1 << 20;
 
 /// Bytes that differ from place to place and from seed to seed.
 pub fn pattern(seed: u64, offset: u64, bytes: usize) -> Vec<u8> {
-    let word = |at: u64| {
-        let z = (seed ^ at).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (z ^ (z >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9).to_le_bytes()
-    };
-    let mut out: Vec<u8> = (0..bytes.div_ceil(8) as u64).flat_map(|at| word(offset + at * 8)).collect();
+    let mut out = vec![0; bytes.next_multiple_of(8)];
+    for (at, word) in out.chunks_exact_mut(8).enumerate() {
+        let z = (seed ^ (offset + at as u64 * 8)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        word.copy_from_slice(&(z ^ (z >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9).to_le_bytes());
+    }
     out.truncate(bytes);
     out
 }

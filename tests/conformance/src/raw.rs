@@ -383,6 +383,24 @@ impl Raw {
         Ok((u64::from_be_bytes(*size), u16::from_be_bytes(flags.try_into()?)))
     }
 
+    /// As [`Raw::go`], and answers the preferred block size too.
+    ///
+    /// # Errors
+    /// If the export is refused, or does not say its block sizes.
+    pub fn go_with_block_size(&mut self, name: &[u8], wanted: &[u16]) -> anyhow::Result<(u64, u16, u32)> {
+        self.send(&option(opt::GO, &info_data(name, wanted)))?;
+        let replies = self.replies(opt::GO)?;
+        let said = |kind: u8| replies.iter().find_map(|reply| reply.data.strip_prefix(&[0, kind]));
+        let (size, flags) =
+            said(0).and_then(|data| data.split_first_chunk()).context("no NBD_INFO_EXPORT")?;
+        let preferred = said(3).and_then(|data| data.get(4..8)).context("no NBD_INFO_BLOCK_SIZE")?;
+        Ok((
+            u64::from_be_bytes(*size),
+            u16::from_be_bytes(flags.try_into()?),
+            u32::from_be_bytes(preferred.try_into()?),
+        ))
+    }
+
     /// Sends a request and its data under a cookie of its own, which it answers.
     ///
     /// # Errors

@@ -6,7 +6,8 @@
 //!
 //! Modules in the order in which a test meets them: [`rig`] → [`cluster`] or [`dev`] → [`export`] → [`process`] → [`binaries`],
 //! [`ports`]; [`proxy`] holds messages back, [`small_disk`] can be filled, [`metrics`] are read, [`nbd`] speaks to exports,
-//! [`tool`] runs foreign clients, [`wait`] waits.
+//! [`tool`] runs foreign clients, [`wait`] waits. [`vhost`] starts a nebd for a guest, [`storage_daemon`] what it is compared with,
+//! [`virtio`] is the guest's driver.
 
 pub mod binaries;
 pub mod cluster;
@@ -19,7 +20,10 @@ pub mod process;
 pub mod proxy;
 pub mod rig;
 pub mod small_disk;
+pub mod storage_daemon;
 pub mod tool;
+pub mod vhost;
+pub mod virtio;
 pub mod wait;
 
 pub use cluster::{Cluster, Shape};
@@ -27,6 +31,8 @@ pub use dev::{DEV_LIMIT, Dev};
 pub use export::Export;
 pub use process::Process;
 pub use rig::Rig;
+pub use storage_daemon::StorageDaemon;
 pub use tempfile::tempdir;
 pub use tool::Tool;
+pub use vhost::VhostExport;
 pub use wait::wait_until;

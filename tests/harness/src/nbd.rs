@@ -33,6 +33,8 @@ pub enum Kind {
     Trim = 4,
     /// NBD_CMD_WRITE_ZEROES
     WriteZeroes = 6,
+    /// NBD_CMD_WRITE_ZEROES with NBD_CMD_FLAG_NO_HOLE: the space is kept.
+    WriteZeroesNoHole = 0x2_0006,
 }
 
 /// A connection in transmission mode.
@@ -162,8 +164,9 @@ impl Sender {
         length: u32,
         data: &[u8],
     ) -> anyhow::Result<()> {
-        let mut request = vec![0x25, 0x60, 0x95, 0x13, 0, 0];
-        request.extend((kind as u16).to_be_bytes());
+        let mut request = vec![0x25, 0x60, 0x95, 0x13];
+        // Flags above, the command below.
+        request.extend((kind as u32).to_be_bytes());
         request.extend(cookie.to_be_bytes());
         request.extend(offset.to_be_bytes());
         request.extend(length.to_be_bytes());

@@ -3,6 +3,7 @@
 use crate::cluster::{Cluster, START_LIMIT, configured};
 use crate::export::Export;
 use crate::process::Process;
+use crate::vhost::{Shown, VhostExport};
 use crate::wait_until;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -108,6 +109,30 @@ impl Rig {
     /// Why it does not serve.
     pub fn serve(&self, name: &str, bytes: u64) -> anyhow::Result<Export> {
         self.export(&self.create(name, bytes)?, false)
+    }
+
+    /// Exports a volume to a guest.
+    ///
+    /// # Errors
+    /// Why it does not serve.
+    pub fn export_to_guest(&self, volume: &str, shown: Shown) -> anyhow::Result<VhostExport> {
+        VhostExport::start(self.dir(), &self.gateway_socket(), volume, shown)
+    }
+
+    /// The gateway.
+    pub fn gateway(&self) -> &Process {
+        match self {
+            Self::File { gateway, .. } => gateway,
+            Self::Cluster(cluster) => &cluster.gateway,
+        }
+    }
+
+    /// The gateway, to be killed and started.
+    pub fn gateway_mut(&mut self) -> &mut Process {
+        match self {
+            Self::File { gateway, .. } => gateway,
+            Self::Cluster(cluster) => &mut cluster.gateway,
+        }
     }
 
     fn gateway_socket(&self) -> PathBuf {
