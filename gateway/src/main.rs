@@ -69,7 +69,11 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: &Flags) -> anyhow::Result<()> {
-    let Some(config) = flags.common.start("spline-gateway", |config| flags.apply(config))? else {
+    let Some(config) = flags.common.start("spline-gateway", |config| {
+        flags.apply(config);
+        Ok(())
+    })?
+    else {
         return Ok(());
     };
     let stop = signals::Stop::install().context("can not take signals over")?;

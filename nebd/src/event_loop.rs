@@ -3,16 +3,17 @@
 //! Started by `lib.rs`. Each turn takes what is ready, then sends what has come of it in as few calls as possible.
 //! Must not know: NBD's or the link's bytes.
 
-use crate::config::{Checked, Config};
+use crate::config::{Checked, CheckedNbd};
+use crate::doors::NbdDoors;
 use crate::link::stream::Stream;
 use crate::link::{Link, LinkDown, Next};
+use crate::listener::Listener;
 use crate::memory;
 use crate::nbd::connection::{Connection, ConnectionId, Cut};
-use crate::nbd::listener::Listener;
 use crate::poller::Poller;
 use crate::receive::SCRATCH_BYTES;
 use crate::send_queue;
-use crate::status_file::{Status, StatusFile};
+use crate::status_file::{Kind, Status, StatusFile};
 use crate::volume::{Answer, Origin, Volume};
 use anyhow::Context;
 use rustix::event::epoll::EventFlags;
@@ -45,8 +46,8 @@ pub struct Serving {
 
 /// Everything that the thread owns.
 pub struct EventLoop {
-    config: Config,
-    checked: Checked,
+    config: Checked,
+    nbd: CheckedNbd,
     poller: Poller,
     stop: OwnedFd,
     listeners: Vec<Listener>,
@@ -58,7 +59,9 @@ pub struct EventLoop {
     volume: Volume,
     scratch: Vec<u8>,
     serving: Sender<Serving>,
-    status_file: Option<StatusFile>,
+    status_file: StatusFile,
+    /// Clients may come, or could until the end began.
+    is_open: bool,
     stopping: Option<Instant>,
     /// When memory is given back; `None` if that is done.
     idle_at: Option<Instant>,
@@ -72,7 +75,8 @@ impl EventLoop {
     /// # Errors
     /// If there is no descriptor left.
     pub fn new(
-        (config, checked): (Config, Checked),
+        (config, nbd): (Checked, CheckedNbd),
+        doors: NbdDoors,
         (link, volume): (Link, Volume),
         stop: OwnedFd,
         serving: Sender<Serving>,
@@ -81,10 +85,10 @@ impl EventLoop {
         poller.add(stop.as_fd(), STOP, EventFlags::IN)?;
         Ok(Self {
             config,
-            checked,
+            nbd,
             poller,
             stop,
-            listeners: Vec::new(),
+            listeners: doors.listeners,
             accept_paused: None,
             connections: BTreeMap::new(),
             next_connection: CONNECTIONS,
@@ -93,7 +97,8 @@ impl EventLoop {
             volume,
             scratch: vec![0; SCRATCH_BYTES],
             serving,
-            status_file: None,
+            status_file: doors.status,
+            is_open: false,
             stopping: None,
             idle_at: None,
             turn: 0,
@@ -143,7 +148,7 @@ impl EventLoop {
             self.volume.inflight.oldest().map(|started| started.max(down_since) + limit)
         });
         let handshakes = self.connections.values().filter_map(Connection::deadline).min();
-        let stuck = self.first_stuck().map(|(_, since)| since + self.checked.stuck_limit);
+        let stuck = self.first_stuck().map(|(_, since)| since + self.nbd.stuck_limit);
         [self.link.deadline(), patience, handshakes, stuck, self.accept_paused, self.stopping, self.idle_at]
             .into_iter()
             .flatten()
@@ -169,7 +174,7 @@ impl EventLoop {
                 Ok(Some(accepted)) => {
                     self.volume.accepted(&accepted, self.link.is_read_only());
                     self.stream = Stream::new(self.link.left_over());
-                    if self.status_file.is_none() && self.stopping.is_none() {
+                    if !self.is_open && self.stopping.is_none() {
                         self.open_doors()?;
                     }
                 }
@@ -191,27 +196,23 @@ impl EventLoop {
 
     /// The gateway serves the volume for the first time: clients may come.
     fn open_doors(&mut self) -> anyhow::Result<()> {
-        if let Some(path) = &self.config.listen_unix {
-            self.listeners.push(Listener::unix(path)?);
-        }
-        if let Some(address) = self.config.listen_tcp {
-            self.listeners.push(Listener::tcp(address)?);
-        }
         for (number, listener) in self.listeners.iter().enumerate() {
+            listener.open()?;
             self.poller.add(listener.socket(), LISTENERS + number as u64, EventFlags::IN)?;
         }
-        let uris: Vec<String> = self.listeners.iter().map(Listener::uri).collect();
+        let uris: Vec<String> = self.listeners.iter().map(Listener::nbd_uri).collect();
         let status = Status {
+            kind: Kind::Nbd,
             pid: std::process::id(),
-            volume: self.checked.volume.to_string(),
-            export: self.checked.export.clone(),
+            volume: self.config.volume.to_string(),
+            export: self.config.name.clone(),
             sockets: uris.clone(),
+            queues: None,
+            serial: None,
             version: spline_process::VERSION.to_owned(),
         };
-        let written = StatusFile::write(&self.config.runtime_dir, &status);
-        self.status_file = Some(written.with_context(|| {
-            format!("write the status file, check runtime_dir: path={}", self.config.runtime_dir.display())
-        })?);
+        self.status_file.publish(&status).context("write the status file")?;
+        self.is_open = true;
         // Nobody listening for it is the starter's choice.
         let _ = self.serving.send(Serving { uris });
         Ok(())
@@ -268,8 +269,8 @@ impl EventLoop {
     }
 
     fn greet(&mut self, socket: OwnedFd) {
-        if self.connections.len() >= self.config.max_connections {
-            tracing::warn!(limit = self.config.max_connections, "client turned away, see max_connections");
+        if self.connections.len() >= self.nbd.max_connections {
+            tracing::warn!(limit = self.nbd.max_connections, "client turned away, see max_connections");
             return;
         }
         let id = ConnectionId(self.next_connection);
@@ -279,7 +280,7 @@ impl EventLoop {
             return;
         }
         send_queue::widen(socket.as_fd());
-        let connection = Connection::new(id, socket, self.volume.now, self.checked.handshake_timeout);
+        let connection = Connection::new(id, socket, self.volume.now, self.nbd.handshake_timeout);
         self.connections.insert(id, connection);
         self.volume.metrics.connects.inc();
         self.volume.metrics.connections.set(self.connections.len() as i64);
@@ -345,7 +346,7 @@ impl EventLoop {
             self.drop_client(id, Some(&Cut::Protocol("handshake took too long".to_owned())));
         }
         while let Some((id, since)) = self.first_stuck()
-            && since + self.checked.stuck_limit <= now
+            && since + self.nbd.stuck_limit <= now
         {
             self.tell_stuck(id);
         }

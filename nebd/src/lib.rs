@@ -1,21 +1,23 @@
-//! nebd: the guest's process. Serves one volume as an NBD export, stands between a guest that must not notice anything
-//! and a gateway that may be upgraded or die at any moment.
+//! nebd: the guest's process. Serves one or more volumes, each as an export of its own; stands between a guest that must not
+//! notice anything and a gateway that may be upgraded or die at any moment.
 //!
 //! Knows: NBD, the link, the in-flight table, replay.
 //! Must never know: the cluster, its clients and servers, gRPC, raft, tokio. It is rarely released and an upgrade never
 //! restarts it, so it stays small: one event-loop thread, a handful of descriptors, under 8 MiB resident.
 //!
-//! Modules in the order in which a request meets them: [`config`] (once) → [`event_loop`] over [`poller`] →
-//! [`nbd`] ([`nbd::listener`], [`nbd::connection`], [`nbd::handshake`], [`nbd::transmission`]) reading by [`receive`]
+//! Modules in the order in which a request meets them: [`config`], [`doors`] (once) → [`event_loop`] over
+//! [`poller`] → [`listener`] → [`nbd`] ([`nbd::connection`], [`nbd::handshake`], [`nbd::transmission`]) reading by [`receive`]
 //! → [`export`] → [`volume`] → [`inflight`] → [`link`] → the gateway, and back through [`nbd::reply`] and
 //! [`send_queue`]. [`budget`] bounds the memory of all clients together. [`metrics`], [`memory`] and [`status_file`] stand beside.
 
 pub mod budget;
 pub mod config;
+pub mod doors;
 pub mod event_loop;
 pub mod export;
 pub mod inflight;
 pub mod link;
+pub mod listener;
 pub mod memory;
 pub mod metrics;
 pub mod nbd;
@@ -29,14 +31,15 @@ pub mod volume;
 pub use config::Config;
 
 use crate::budget::Budget;
+use crate::config::Checked;
+use crate::doors::Doors;
 use crate::event_loop::{EventLoop, Serving};
 use crate::export::Export;
 use crate::inflight::{Inflight, Limits};
 use crate::link::Link;
-use crate::metrics::Metrics;
+use crate::metrics::Families;
 use crate::volume::Volume;
 use anyhow::{Context, anyhow};
-use prometheus_client::registry::Registry;
 use rustix::event::EventfdFlags;
 use spline_link::{Hello, InstanceId, Mode, VersionRange, VolumeTraits};
 use spline_types::limits::VOLUME_INFLIGHT_REQUESTS;
@@ -47,7 +50,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// A running nebd. Dropping it stops it.
+/// A running export. Dropping it stops it.
 #[derive(Debug)]
 pub struct Nebd {
     stop: Stopper,
@@ -55,7 +58,7 @@ pub struct Nebd {
     serving: Receiver<Serving>,
 }
 
-/// Tells a nebd to stop, from any thread.
+/// Tells an export to stop, from any thread.
 #[derive(Debug)]
 pub struct Stopper(OwnedFd);
 
@@ -69,49 +72,51 @@ impl Stopper {
 }
 
 impl Nebd {
-    /// Starts the event loop and returns at once; clients may come after [`wait_ready`](Self::wait_ready).
+    /// Starts serving one export and returns at once; clients may come after [`wait_ready`](Self::wait_ready).
     ///
     /// # Errors
-    /// If the config is wrong, or there are no descriptors or threads left.
-    pub fn spawn(config: Config, registry: &mut Registry) -> anyhow::Result<Self> {
-        let checked = config.check()?;
+    /// If there are no descriptors or threads left.
+    pub fn spawn(export: Checked, doors: Doors, families: &Families) -> anyhow::Result<Self> {
+        let (Some(nbd), Some(nbd_doors)) = (export.nbd.clone(), doors.nbd) else {
+            anyhow::bail!("vhost_socket is not served yet: volume={}", export.volume);
+        };
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (tell, serving) = channel();
         let hello = Hello {
             versions: VersionRange::OURS,
             features: 0,
             mode: Mode::Open,
-            read_only: config.read_only,
-            force: config.force,
+            read_only: export.read_only,
+            force: export.force,
             // A fresh hasher is keyed at random; that is all an instance id needs.
             instance: InstanceId(RandomState::new().build_hasher().finish()),
             identity: None,
-            volume: checked.volume.clone(),
+            volume: export.volume.clone(),
         };
-        let export = Export {
-            name: checked.export.clone(),
-            description: config.description.clone(),
+        let shown = Export {
+            name: export.name.clone(),
+            description: export.description.clone(),
             // Known from the first welcome on; nobody is served before.
             geometry: Geometry { size: 0, block_size: BlockSize::B4096 },
             traits: VolumeTraits::default(),
-            read_only: config.read_only,
+            read_only: export.read_only,
         };
-        let metrics = Metrics::new(registry);
+        let metrics = families.of(export.volume.as_str(), "nbd");
         let their_stop = stop.try_clone()?;
         let thread = std::thread::Builder::new().name("nebd".into()).spawn(move || {
             let now = Instant::now();
             // What their data holds is the budget's to bound: it gives it out in turn.
             let limits = Limits { requests: VOLUME_INFLIGHT_REQUESTS, bytes: u64::MAX };
-            let link = Link::new(config.gateway_socket.clone(), hello, now);
+            let link = Link::new(export.gateway_socket.clone(), hello, now);
             let (inflight, budget) = (Inflight::new(limits), Budget::default());
-            let volume = Volume { export, inflight, budget, lost: false, metrics, now };
-            EventLoop::new((config, checked), (link, volume), their_stop, tell)?.run()
+            let volume = Volume { export: shown, inflight, budget, lost: false, metrics, now };
+            EventLoop::new((export, nbd), nbd_doors, (link, volume), their_stop, tell)?.run()
         })?;
         Ok(Self { stop: Stopper(stop), thread: Some(thread), serving })
     }
 
     /// Waits until the gateway has accepted the volume and clients may come; answers their NBD URIs, or `None` if
-    /// nebd was stopped before.
+    /// it was stopped before.
     ///
     /// # Errors
     /// If the gateway refuses the volume, or clients can not be listened for.
@@ -120,16 +125,6 @@ impl Nebd {
             Ok(serving) => Ok(Some(serving.uris)),
             Err(_) => self.join().map(|()| None),
         }
-    }
-
-    /// [`spawn`](Self::spawn) and [`wait_ready`](Self::wait_ready).
-    ///
-    /// # Errors
-    /// Those of both, and if nebd was stopped before it was ready.
-    pub fn start(config: Config, registry: &mut Registry) -> anyhow::Result<(Self, Vec<String>)> {
-        let mut nebd = Self::spawn(config, registry)?;
-        let uris = nebd.wait_ready()?.context("stopped before the gateway accepted the volume")?;
-        Ok((nebd, uris))
     }
 
     /// Something to stop it with from another thread.

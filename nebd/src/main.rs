@@ -1,38 +1,62 @@
 //! `spline-nebd`: flags, start, announce, stop.
 
+use anyhow::ensure;
 use clap::Parser;
 use prometheus_client::registry::Registry;
+use spline_nebd::config::ExportConfig;
+use spline_nebd::doors::Doors;
+use spline_nebd::metrics::Families;
 use spline_nebd::{Config, Nebd};
 use spline_process::CommonFlags;
 use spline_process::metrics;
 use spline_process::signals::Stop;
+use spline_types::VolumeName;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
-/// Serve a Spline volume to NBD clients; survives every restart of the gateway
+/// Stack of a thread that only waits for an export: nebd counts its memory in MiB.
+const WAITER_STACK_BYTES: usize = 256 << 10;
+
+/// Serve Spline volumes to NBD clients and virtual machines; survives every restart of the gateway
 #[derive(Parser)]
 #[command(
     name = "spline-nebd",
     version,
-    after_help = "Example:\n  spline-nebd --volume disk0 --listen-unix /run/spline/disk0.sock\n  \
-                  nbdinfo 'nbd+unix:///?socket=/run/spline/disk0.sock'"
+    after_help = "The flags describe one export; a config file may hold several.\n\nExamples:\n  \
+                  spline-nebd --volume disk0 --listen-unix /run/spline/disk0.sock\n  \
+                  nbdinfo 'nbd+unix:///?socket=/run/spline/disk0.sock'\n  \
+                  spline-nebd --volume disk1 --vhost-socket /run/spline/disk1.vhost"
 )]
 struct Flags {
     #[command(flatten)]
     common: CommonFlags,
-    /// The volume to serve
-    #[arg(long, value_name = "NAME")]
-    volume: Option<String>,
     /// The gateway's unix socket
     #[arg(long, value_name = "PATH")]
     gateway_socket: Option<PathBuf>,
-    /// Name of the NBD export [default: the volume's name]
+    /// TCP address for GET /metrics
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_listen: Option<SocketAddr>,
+    /// Directory for the status files
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    #[command(flatten)]
+    export: ExportFlags,
+}
+
+/// What describes the one export of the command line.
+#[derive(clap::Args, Clone, Default, PartialEq)]
+struct ExportFlags {
+    /// The volume to serve
     #[arg(long, value_name = "NAME")]
-    export: Option<String>,
-    /// Unix socket for clients
+    volume: Option<String>,
+    /// Name of the NBD export [default: the volume's name]
+    #[arg(long = "export", value_name = "NAME")]
+    name: Option<String>,
+    /// Unix socket for NBD clients
     #[arg(long, value_name = "PATH")]
     listen_unix: Option<PathBuf>,
-    /// TCP address for clients, loopback only
+    /// TCP address for NBD clients, loopback only
     #[arg(long, value_name = "ADDRESS")]
     listen_tcp: Option<SocketAddr>,
     /// Allow TCP clients from elsewhere, unencrypted
@@ -44,24 +68,51 @@ struct Flags {
     /// Take the volume from another gateway that still serves it; that one's writes are refused from then on
     #[arg(long)]
     force: bool,
-    /// TCP address for GET /metrics
-    #[arg(long, value_name = "ADDRESS")]
-    metrics_listen: Option<SocketAddr>,
-    /// Directory for the status file
-    #[arg(long, value_name = "DIR")]
-    runtime_dir: Option<PathBuf>,
+    /// Unix socket for a vhost-user front-end such as QEMU
+    #[arg(long, value_name = "PATH")]
+    vhost_socket: Option<PathBuf>,
+    /// Most queues that a guest may use [default: 16]
+    #[arg(long, value_name = "NUMBER")]
+    vhost_queues: Option<u16>,
+    /// Threads that serve the queues [default: as many as cores, at most 4]
+    #[arg(long, value_name = "NUMBER")]
+    vhost_threads: Option<u16>,
+    /// Serial number of the device, at most 20 characters [default: the volume's name]
+    #[arg(long, value_name = "TEXT")]
+    serial: Option<String>,
 }
 
 impl Flags {
-    fn apply(&self, config: &mut Config) {
-        let Config { volume, gateway_socket, export, runtime_dir, .. } = config;
-        self.volume.clone_into_some(volume);
-        self.gateway_socket.clone_into_some(gateway_socket);
-        self.export.clone_into_some(export);
-        self.runtime_dir.clone_into_some(runtime_dir);
+    fn apply(&self, config: &mut Config) -> anyhow::Result<()> {
+        self.gateway_socket.clone_into_some(&mut config.gateway_socket);
+        self.runtime_dir.clone_into_some(&mut config.runtime_dir);
+        config.metrics_listen = self.metrics_listen.or(config.metrics_listen);
+        if self.export == ExportFlags::default() {
+            return Ok(());
+        }
+        ensure!(
+            config.exports.len() <= 1,
+            "flags that describe an export do not go with a config file of several, write them there: exports={}",
+            config.exports.len()
+        );
+        if config.exports.is_empty() {
+            config.exports.push(ExportConfig::default());
+        }
+        self.export.apply(&mut config.exports[0]);
+        Ok(())
+    }
+}
+
+impl ExportFlags {
+    fn apply(&self, config: &mut ExportConfig) {
+        self.volume.clone_into_some(&mut config.volume);
+        self.name.clone_into_some(&mut config.name);
+        self.serial.clone_into_some(&mut config.serial);
+        self.vhost_queues.clone_into_some(&mut config.vhost_queues);
         config.listen_unix = self.listen_unix.clone().or(config.listen_unix.take());
         config.listen_tcp = self.listen_tcp.or(config.listen_tcp);
-        config.metrics_listen = self.metrics_listen.or(config.metrics_listen);
+        config.vhost_socket = self.vhost_socket.clone().or(config.vhost_socket.take());
+        config.vhost_threads = self.vhost_threads.or(config.vhost_threads);
         config.allow_insecure |= self.allow_insecure;
         config.read_only |= self.read_only;
         config.force = self.force;
@@ -81,22 +132,88 @@ impl<T: Clone> Override<T> for Option<T> {
     }
 }
 
+/// What becomes of an export.
+enum Event {
+    /// Clients may come, here.
+    Serving(Vec<String>),
+    /// It has ended: stopped, or why it can not go on.
+    Ended { served: bool, result: anyhow::Result<()> },
+}
+
 fn main() -> anyhow::Result<()> {
     spline_nebd::memory::keep();
     let flags = Flags::parse();
     let Some(config) = flags.common.start("nebd", |config| flags.apply(config))? else { return Ok(()) };
+    let exports = config.check()?;
     let stop = Stop::install()?;
+    let doors = exports.iter().map(Doors::take).collect::<anyhow::Result<Vec<_>>>()?;
     let mut registry = Registry::default();
-    let metrics_listen = config.metrics_listen;
-    let what = format!("volume {}", config.volume);
-    let mut nebd = Nebd::spawn(config, &mut registry)?;
-    let _metrics = metrics_listen.map(|address| metrics::serve(address, registry)).transpose()?;
-    let stopper = nebd.stopper()?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
+    let families = Families::new(&mut registry);
+    let mut running = Vec::new();
+    for (export, doors) in exports.into_iter().zip(doors) {
+        let volume = export.volume.clone();
+        running.push((volume, Nebd::spawn(export, doors, &families)?));
+    }
+    let _metrics = config.metrics_listen.map(|address| metrics::serve(address, registry)).transpose()?;
+    let stoppers = running.iter().map(|(_, nebd)| nebd.stopper()).collect::<anyhow::Result<Vec<_>>>()?;
+    std::thread::Builder::new().name("signals".into()).stack_size(WAITER_STACK_BYTES).spawn(move || {
         stop.wait();
-        stopper.stop();
+        stoppers.iter().for_each(spline_nebd::Stopper::stop);
     })?;
-    let Some(uris) = nebd.wait_ready()? else { return Ok(()) };
-    let _announced = flags.common.announce(&format!("{what} at {}", uris.join(" ")))?;
-    nebd.join()
+    let (exports, (tell, events)) = (running.len(), channel());
+    for (volume, nebd) in running {
+        let tell = tell.clone();
+        let waiter = std::thread::Builder::new().name("waiter".into()).stack_size(WAITER_STACK_BYTES);
+        waiter.spawn(move || follow(&volume, nebd, &tell))?;
+    }
+    drop(tell);
+    tend(&events, exports, &flags.common)
+}
+
+/// Reports on one export until it has ended.
+fn follow(volume: &VolumeName, mut nebd: Nebd, tell: &Sender<(VolumeName, Event)>) {
+    let report = |event| {
+        // Who does not listen any more is about to end this process.
+        let _ = tell.send((volume.clone(), event));
+    };
+    match nebd.wait_ready() {
+        Ok(Some(places)) => {
+            report(Event::Serving(places));
+            report(Event::Ended { served: true, result: nebd.join() });
+        }
+        Ok(None) => report(Event::Ended { served: false, result: Ok(()) }),
+        Err(error) => report(Event::Ended { served: false, result: Err(error) }),
+    }
+}
+
+/// Announces readiness when each export serves or has ended, and goes on until the last has ended.
+///
+/// # Errors
+/// Why the last one ended, if it was not stopped. One that can not be served does not take the disks of the others' guests
+/// away: it is logged.
+fn tend(events: &Receiver<(VolumeName, Event)>, exports: usize, common: &CommonFlags) -> anyhow::Result<()> {
+    let (mut undecided, mut alive) = (exports, exports);
+    let (mut serving, mut announced, mut last) = (Vec::new(), None, Ok(()));
+    for (volume, event) in events {
+        match event {
+            Event::Serving(places) => {
+                undecided -= 1;
+                serving.push(format!("volume {volume} at {}", places.join(" ")));
+            }
+            Event::Ended { served, result } => {
+                undecided -= usize::from(!served);
+                alive -= 1;
+                if alive > 0
+                    && let Err(error) = &result
+                {
+                    tracing::error!(%volume, error = format!("{error:#}"), "export ended, the others go on");
+                }
+                last = result;
+            }
+        }
+        if undecided == 0 && alive > 0 && announced.is_none() {
+            announced = Some(common.announce(&serving.join(", "))?);
+        }
+    }
+    last
 }

@@ -9,12 +9,16 @@ use client::{Client, request};
 use gateway::{FakeGateway, Manner};
 use prometheus_client::registry::Registry;
 use spline_link::{Identity, Message, Mode, Refusal};
+use spline_nebd::config::ExportConfig;
+use spline_nebd::doors::Doors;
+use spline_nebd::metrics::Families;
 use spline_nebd::nbd::protocol::*;
-use spline_nebd::status_file::StatusFile;
+use spline_nebd::status_file::{Kind, StatusFile};
 use spline_nebd::{Config, Nebd};
 use spline_types::{BlockRequest, Epoch, Fault, OnUnavailable};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,20 +40,31 @@ impl Place {
         self.dir.path().join("nbd.sock")
     }
 
-    fn config(&self) -> Config {
-        Config {
-            volume: "disk0".into(),
-            gateway_socket: self.dir.path().join("gateway.sock"),
-            listen_unix: Some(self.nbd()),
-            runtime_dir: self.dir.path().to_owned(),
-            handshake_seconds: 1,
-            stuck_seconds: 1,
-            ..Config::default()
-        }
+    fn spawn(&self) -> Nebd {
+        self.spawn_counted(&mut Registry::default())
     }
 
-    fn spawn(&self) -> Nebd {
-        Nebd::spawn(self.config(), &mut Registry::default()).expect("starts")
+    fn spawn_counted(&self, registry: &mut Registry) -> Nebd {
+        let export = ExportConfig {
+            volume: "disk0".into(),
+            listen_unix: Some(self.nbd()),
+            handshake_seconds: 1,
+            stuck_seconds: 1,
+            ..ExportConfig::default()
+        };
+        let config = Config {
+            gateway_socket: self.dir.path().join("gateway.sock"),
+            runtime_dir: self.dir.path().to_owned(),
+            exports: vec![export],
+            ..Config::default()
+        };
+        let export = config.check().expect("good").remove(0);
+        let doors = Doors::take(&export).expect("free");
+        Nebd::spawn(export, doors, &Families::new(registry)).expect("starts")
+    }
+
+    fn status_file(&self) -> PathBuf {
+        StatusFile::path(self.dir.path(), Kind::Nbd, "disk0")
     }
 
     /// A gateway and a nebd that serve.
@@ -194,12 +209,13 @@ fn clients_are_let_in_only_once_the_gateway_serves() {
     place.gateway.lock().refuse = Some(Refusal::Unavailable);
     place.gateway.listen();
     place.gateway.wait("nebd was told to wait", |control| !control.links.is_empty());
-    assert!(!place.nbd().exists());
+    assert!(UnixStream::connect(place.nbd()).is_err());
+    assert!(std::fs::read(place.status_file()).expect("claimed").is_empty());
     place.gateway.lock().refuse = None;
     let uris = nebd.wait_ready().expect("no error").expect("is ready");
     assert_eq!(uris, [format!("nbd+unix:///?socket={}", place.nbd().display())]);
     Client::connect(&place.nbd());
-    assert!(StatusFile::path(place.dir.path(), "disk0").exists());
+    assert!(!std::fs::read(place.status_file()).expect("is there").is_empty());
     assert_eq!(place.gateway.lock().links.last(), Some(&Mode::Open), "it never had the volume before");
 }
 
@@ -377,7 +393,7 @@ fn a_clean_stop_says_goodbye_and_leaves_nothing_behind() {
     assert_eq!(client.closed(), 0);
     place.gateway.wait("nebd said goodbye", |control| control.detached);
     assert!(!place.nbd().exists());
-    assert!(!StatusFile::path(place.dir.path(), "disk0").exists());
+    assert!(!place.status_file().exists());
 }
 
 /// Asks for 8 MiB `count` times and reads none of it.
@@ -415,7 +431,7 @@ fn a_client_that_takes_nothing_is_not_cut_and_holds_up_nobody_s_small_requests()
     let place = Place::new();
     place.gateway.listen();
     let mut registry = Registry::default();
-    let mut nebd = Nebd::spawn(place.config(), &mut registry).expect("starts");
+    let mut nebd = place.spawn_counted(&mut registry);
     nebd.wait_ready().expect("no error").expect("is ready");
     let mut paused: Vec<_> = (0..2).map(|_| greedy(&place, 4)).collect();
     place.gateway.wait("both hold what they may", |control| control.received.len() == 8);
@@ -425,7 +441,7 @@ fn a_client_that_takes_nothing_is_not_cut_and_holds_up_nobody_s_small_requests()
     let mut small = Client::connect(&place.nbd());
     let data = vec![7; 2 << 20];
     let mut rounds = 0;
-    while !page(&registry).contains("stuck_clients_total 2") {
+    while !page(&registry).contains("stuck_clients_total{volume=\"disk0\",thread=\"nbd\"} 2") {
         small.write(rounds, 0, &data);
         assert_eq!(small.reply(), (rounds, 0));
         rounds += 1;

@@ -29,13 +29,17 @@ impl CommonFlags {
     /// result and answers `None`: the process has nothing else to do. Otherwise sets up logging for `process`.
     ///
     /// # Errors
-    /// Those of [`config::load`], [`config::print`] and [`logs::init`].
-    pub fn start<T>(&self, process: &str, overrides: impl FnOnce(&mut T)) -> anyhow::Result<Option<T>>
+    /// Those of [`config::load`], `overrides`, [`config::print`] and [`logs::init`].
+    pub fn start<T>(
+        &self,
+        process: &str,
+        overrides: impl FnOnce(&mut T) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Option<T>>
     where
         T: DeserializeOwned + Serialize + Default,
     {
         let mut loaded: T = config::load(self.config.as_deref())?;
-        overrides(&mut loaded);
+        overrides(&mut loaded)?;
         if self.print_config {
             print!("{}", config::print(&loaded)?);
             return Ok(None);

@@ -89,7 +89,7 @@ impl Exports {
 impl Export {
     fn start(spec: NebdSpec, limit: Duration) -> anyhow::Result<Self> {
         let socket = spec.listen.to_string();
-        let found = status::read_all(&spec.runtime_dir)?;
+        let found = status::read_all(&spec.runtime_dir, status::Kind::Nbd)?;
         let kept = found
             .iter()
             .find(|e| e.alive && e.volume == spec.volume && e.sockets.iter().any(|s| s.contains(&socket)));

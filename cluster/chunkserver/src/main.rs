@@ -65,7 +65,11 @@ impl Flags {
 
 fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
-    let Some(config) = flags.common.start::<Config>("chunkserver", |config| flags.apply_to(config))? else {
+    let Some(config) = flags.common.start::<Config>("chunkserver", |config| {
+        flags.apply_to(config);
+        Ok(())
+    })?
+    else {
         return Ok(());
     };
     let stop = signals::Stop::install()?;

@@ -51,7 +51,11 @@ impl Flags {
 
 fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
-    let Some(config) = flags.common.start::<Config>("mds", |config| flags.apply_to(config))? else {
+    let Some(config) = flags.common.start::<Config>("mds", |config| {
+        flags.apply_to(config);
+        Ok(())
+    })?
+    else {
         return Ok(());
     };
     let stop = signals::Stop::install()?;

@@ -62,7 +62,8 @@ impl Export {
         let name = format!("nebd-{}{read}{suffix}", volume.replace(['/', ':'], "_"));
         let socket = dir.join(format!("{name}.sock"));
         let text = format!(
-            "volume = {volume:?}\ngateway_socket = {gateway:?}\nlisten_unix = {socket:?}\nread_only = {read_only}\nruntime_dir = {:?}\n",
+            "gateway_socket = {gateway:?}\nruntime_dir = {:?}\n\
+             [[export]]\nvolume = {volume:?}\nlisten_unix = {socket:?}\nread_only = {read_only}\n",
             dir.join(format!("run-{name}"))
         );
         let nebd = configured(dir, &name, "spline-nebd", &text)?;
