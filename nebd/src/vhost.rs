@@ -17,3 +17,5 @@ pub mod worker;
 
 #[cfg(test)]
 mod driver;
+#[cfg(test)]
+mod gateway;

@@ -554,3 +554,6 @@ impl Worker {
         link.end();
     }
 }
+
+#[cfg(test)]
+mod tests;

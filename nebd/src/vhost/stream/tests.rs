@@ -2,13 +2,11 @@ use super::*;
 use crate::inflight::Limits;
 use crate::poller::Poller;
 use crate::vhost::driver::{BASE, BUFFERS, Driver};
+use crate::vhost::gateway::Gateway;
 use proptest::prelude::*;
-use spline_link::{
-    Accepted, Hello, Identity, InstanceId, LinkVersion, Mode, VersionRange, VolumeTraits, Welcome,
-};
-use spline_types::{BlockSize, ByteRange, Epoch, Geometry, OnUnavailable};
+use spline_types::{ByteRange, OnUnavailable};
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 
 /// A link that is up, and the gateway's end of it.
 struct Pair {
@@ -19,44 +17,18 @@ struct Pair {
     driver: Driver,
     scratch: Vec<u8>,
     _poller: Poller,
-    _dir: tempfile::TempDir,
+    _listener: Gateway,
 }
 
 impl Pair {
     fn new() -> Self {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let path = dir.path().join("gateway.sock");
-        let listener = UnixListener::bind(&path).expect("binds");
+        let mut listener = Gateway::new();
         let now = Instant::now();
-        let hello = Hello {
-            versions: VersionRange::OURS,
-            features: 0,
-            mode: Mode::Open,
-            read_only: false,
-            force: false,
-            instance: InstanceId(1),
-            identity: None,
-            volume: "disk0".parse().expect("a name"),
-        };
-        let mut link = Link::new(path, hello, now);
+        let mut link = Link::new(listener.path(), Gateway::hello(), now);
         let poller = Poller::new().expect("poller");
         link.tick(now, &poller, 0).expect("connects");
-        let (mut gateway, _) = listener.accept().expect("accepts");
-        let mut hello = [0; 512];
-        assert!(gateway.read(&mut hello).expect("reads") > 0);
-        let accepted = Accepted {
-            version: LinkVersion::V3,
-            features: 0,
-            epoch: Epoch::new(1),
-            identity: Identity::new(0, 1).expect("not zero"),
-            geometry: Geometry { size: 1 << 30, block_size: BlockSize::B4096 },
-            traits: VolumeTraits::default(),
-            on_unavailable: OnUnavailable::Wait,
-            request_bytes_max: 32 << 20,
-            requests_max: 1024,
-            bytes_max: 64 << 20,
-        };
-        gateway.write_all(&Welcome::Accepted(accepted).encode()).expect("writes");
+        let (gateway, _) = listener.accept(OnUnavailable::Wait);
+        let gateway = gateway.0;
         assert!(link.greet(now).expect("accepts").is_some());
         Self {
             link,
@@ -66,7 +38,7 @@ impl Pair {
             driver: Driver::new(64),
             scratch: vec![0; 8192],
             _poller: poller,
-            _dir: dir,
+            _listener: listener,
         }
     }
 

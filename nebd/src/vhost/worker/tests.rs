@@ -1,0 +1,346 @@
+//! A worker between a guest's rings and a gateway's end of the link, step by step.
+
+use super::*;
+use crate::metrics::Families;
+use crate::vhost::driver::{BUFFERS, Driver};
+use crate::vhost::gateway::{Gateway, GatewayLink};
+use crate::vhost::inflight::InflightRegion;
+use prometheus_client::registry::Registry;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use spline_link::{Mode, VolumeTraits};
+use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread::JoinHandle;
+
+/// Where a test's status bytes lie, one for each head.
+const STATUS: u64 = BUFFERS + (3 << 20);
+/// Where a test's headers lie.
+const HEADERS: u64 = BUFFERS + (2 << 20);
+
+struct Place {
+    gateway: Gateway,
+    link: GatewayLink,
+    driver: Driver,
+    kick: OwnedFd,
+    call: OwnedFd,
+    error: OwnedFd,
+    orders: Arc<Mailbox<Order>>,
+    reports: Arc<Mailbox<Report>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+fn bell() -> OwnedFd {
+    eventfd(0, EventfdFlags::NONBLOCK).expect("eventfd")
+}
+
+fn await_ready(fd: BorrowedFd<'_>, what: &str) {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
+    assert!(poll(&mut fds, Some(&patience)).expect("polls") > 0, "waited too long for {what}");
+}
+
+impl Place {
+    /// A worker whose link is up; its queue is not started.
+    fn new(on_unavailable: OnUnavailable) -> Self {
+        let mut gateway = Gateway::new();
+        let (orders, reports) =
+            (Arc::new(Mailbox::new().expect("fd")), Arc::new(Mailbox::new().expect("fd")));
+        let setup = Setup {
+            number: 0,
+            gateway: gateway.path(),
+            export: Export {
+                name: "disk0".into(),
+                description: String::new(),
+                geometry: Geometry { size: 0, block_size: BlockSize::B4096 },
+                traits: VolumeTraits::default(),
+                read_only: false,
+            },
+            serial: "disk0".into(),
+            metrics: Families::new(&mut Registry::default()).of("disk0", "vhost-0"),
+            orders: Arc::clone(&orders),
+            reports: Arc::clone(&reports),
+        };
+        let worker = Worker::new(setup, Some(Gateway::hello())).expect("makes");
+        let thread = std::thread::spawn(|| worker.run());
+        let (link, _) = gateway.accept(on_unavailable);
+        let (kick, call, error) = (bell(), bell(), bell());
+        let driver = Driver::new(64);
+        let mut place =
+            Self { gateway, link, driver, kick, call, error, orders, reports, thread: Some(thread) };
+        assert!(matches!(place.report(), Report::Accepted(_)));
+        place
+    }
+
+    /// As [`new`](Self::new), with the queue started.
+    fn serving() -> Self {
+        let mut place = Self::new(OnUnavailable::Wait);
+        place.start(None);
+        place
+    }
+
+    fn start(&mut self, record: Option<&Arc<InflightRegion>>) {
+        let duplicate = |fd: &OwnedFd| Some(fd.try_clone().expect("duplicates"));
+        let mut start = self.driver.start(1 << 9);
+        start.record = record.and_then(|region| region.queue(0, 64));
+        (start.kick, start.call) = (duplicate(&self.kick), duplicate(&self.call));
+        start.error = duplicate(&self.error);
+        self.orders.put(Order::Start(Box::new(start)));
+        assert!(matches!(self.done(), Done::Started { queue: 0 }));
+    }
+
+    fn report(&mut self) -> Report {
+        await_ready(self.reports.bell(), "a report");
+        let mut letters = self.reports.take();
+        let first = letters.pop_front().expect("a report");
+        // Those behind it come again.
+        letters.into_iter().for_each(|letter| self.reports.put(letter));
+        first
+    }
+
+    fn done(&mut self) -> Done {
+        match self.report() {
+            Report::Obeyed { done, .. } => done,
+            other => panic!("not obeyed: {other:?}"),
+        }
+    }
+
+    fn header(&self, head: u16, kind: u32, sector: u64) -> u64 {
+        let at = HEADERS + 16 * u64::from(head);
+        self.driver.put(at, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
+        self.driver.put(STATUS + u64::from(head), &[0xff]);
+        at
+    }
+
+    /// Offers a write of `length` bytes at `sector` from `BUFFERS + from`.
+    fn write(&mut self, head: u16, sector: u64, from: u64, length: u32) {
+        let header = self.header(head, 1, sector);
+        let status = STATUS + u64::from(head);
+        self.driver.chain(head, &[(header, 16, false), (BUFFERS + from, length, false), (status, 1, true)]);
+        self.kick_off(head);
+    }
+
+    /// Offers a read of `length` bytes at `sector` to `BUFFERS + to`.
+    fn read(&mut self, head: u16, sector: u64, to: u64, length: u32) {
+        let header = self.header(head, 0, sector);
+        let status = STATUS + u64::from(head);
+        self.driver.chain(head, &[(header, 16, false), (BUFFERS + to, length, true), (status, 1, true)]);
+        self.kick_off(head);
+    }
+
+    fn kick_off(&mut self, head: u16) {
+        self.driver.offer(head);
+        rustix::io::write(&self.kick, &1u64.to_ne_bytes()).expect("kicks");
+    }
+
+    fn status(&self, head: u16) -> u8 {
+        self.driver.get(STATUS + u64::from(head), 1)[0]
+    }
+
+    /// What is used next; waits for the notification.
+    fn used(&mut self) -> Vec<(u32, u32)> {
+        loop {
+            let used = self.driver.used();
+            if !used.is_empty() {
+                return used;
+            }
+            await_ready(self.call.as_fd(), "a notification");
+            let _ = rustix::io::read(&self.call, &mut [0; 8]);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.orders.put(Order::End);
+        let ended = self.thread.take().map(JoinHandle::join);
+        if !std::thread::panicking() {
+            ended.expect("a thread").expect("ends well");
+        }
+    }
+}
+
+#[test]
+fn requests_are_carried_out_and_answered_once() {
+    let mut place = Place::serving();
+    place.driver.put(BUFFERS, &[7; 4096]);
+    place.write(0, 8, 0, 4096);
+    let (request, data) = place.link.request();
+    assert_eq!((request.op, request.range.offset(), &data[..]), (BlockOp::Write, 4096, &[7; 4096][..]));
+    place.link.done(request.id, &[]);
+    assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 0));
+    place.read(4, 0, 8192, 512);
+    let (request, _) = place.link.request();
+    place.link.done(request.id, &[9; 512]);
+    assert_eq!((place.used(), place.status(4)), (vec![(4, 513)], 0));
+    assert_eq!(place.driver.get(BUFFERS + 8192, 512), [9; 512]);
+    // Past the end: the gateway is not asked.
+    place.read(8, 1 << 40, 0, 512);
+    assert_eq!((place.used(), place.status(8)), (vec![(8, 1)], 1));
+    place.link.say(Message::Resized { size: 2 << 30 });
+    assert!(matches!(place.report(), Report::Resized { size } if size == 2 << 30));
+}
+
+#[test]
+fn replay_before_new() {
+    let mut place = Place::serving();
+    place.driver.put(BUFFERS, &[1; 512]);
+    place.write(0, 0, 0, 512);
+    place.read(4, 1, 4096, 512);
+    let first: Vec<_> = (0..2).map(|_| place.link.request().0).collect();
+    place.link.0.shutdown(std::net::Shutdown::Both).expect("shuts");
+    place.write(8, 2, 0, 512);
+    let (link, mode) = place.gateway.accept(OnUnavailable::Wait);
+    place.link = link;
+    assert_eq!(mode, Mode::Resume { epoch: Epoch::new(1) });
+    assert!(matches!(place.report(), Report::Accepted(_)));
+    let again: Vec<_> = (0..3).map(|_| place.link.request()).collect();
+    assert_eq!(again[..2].iter().map(|(request, _)| *request).collect::<Vec<_>>(), first);
+    assert_eq!((&again[0].1[..], again[2].0.range.offset()), (&[1; 512][..], 1024));
+    for (request, _) in &again {
+        place.link.done(request.id, if request.op == BlockOp::Read { &[3; 512] } else { &[] });
+    }
+    let mut used = place.used();
+    while used.len() < 3 {
+        used.extend(place.used());
+    }
+    assert_eq!(used, [(0, 1), (4, 513), (8, 1)]);
+}
+
+#[test]
+fn a_queue_stops_when_everything_is_answered() {
+    let mut place = Place::serving();
+    place.write(0, 0, 0, 512);
+    let (request, _) = place.link.request();
+    place.orders.put(Order::Stop { queue: 0 });
+    // Obeyed after the stop was heard of.
+    place.orders.put(Order::Enable { queue: 0, enabled: true });
+    assert_eq!(place.done(), Done::Other);
+    place.write(4, 0, 0, 512);
+    place.link.done(request.id, &[]);
+    assert_eq!(place.done(), Done::Stopped { queue: 0, next_available: 1 }, "the second was not fetched");
+    assert_eq!(place.driver.used(), [(0, 1)], "answered before it stopped");
+}
+
+#[test]
+fn what_an_abandoned_connection_sent_is_waited_for() {
+    let mut place = Place::serving();
+    place.read(0, 0, 0, 512);
+    let (request, _) = place.link.request();
+    place.orders.put(Order::Abandon);
+    let (probe, _) = place.link.request();
+    assert_eq!(probe.op, BlockOp::Flush);
+    place.link.done(probe.id, &[]);
+    assert!(place.reports.take().is_empty(), "the read is still under way");
+    place.link.done(request.id, &[9; 512]);
+    assert_eq!(place.done(), Done::Abandoned);
+    assert_eq!((place.driver.used(), place.status(0)), (vec![], 0xff), "its memory is left alone");
+    assert_eq!(place.driver.get(BUFFERS, 512), [0; 512]);
+}
+
+#[test]
+fn what_an_abandoned_connection_sent_is_not_sent_again() {
+    let mut place = Place::serving();
+    place.write(0, 0, 0, 512);
+    place.link.request();
+    place.link.0.shutdown(std::net::Shutdown::Both).expect("shuts");
+    place.write(4, 0, 0, 512);
+    place.orders.put(Order::Abandon);
+    let (mut link, _) = place.gateway.accept(OnUnavailable::Wait);
+    let (probe, _) = link.request();
+    assert_eq!(probe.op, BlockOp::Flush, "its memory may hold anything by now");
+    link.done(probe.id, &[]);
+    let reports: Vec<_> = std::iter::from_fn(|| match place.report() {
+        Report::Obeyed { done: Done::Abandoned, .. } => None,
+        other => Some(other),
+    })
+    .collect();
+    assert!(matches!(reports[..], [Report::Accepted(_)]), "{reports:?}");
+    place.start(None);
+    place.link = link;
+}
+
+#[test]
+fn a_broken_queue_is_told_and_can_be_started_anew() {
+    let mut place = Place::serving();
+    place.driver.describe(0, BUFFERS, 16, 1, 0);
+    place.kick_off(0);
+    assert!(matches!(place.report(), Report::Broken { queue: 0, why: QueueError::Loop(0) }));
+    await_ready(place.error.as_fd(), "the error's descriptor");
+    place.orders.put(Order::Stop { queue: 0 });
+    assert!(matches!(place.done(), Done::Stopped { next_available: 0, .. }));
+    place.driver = Driver::new(64);
+    place.start(None);
+    place.write(0, 0, 0, 512);
+    let (request, _) = place.link.request();
+    place.link.done(request.id, &[]);
+    assert_eq!(place.used(), [(0, 1)]);
+}
+
+#[test]
+fn a_lost_volume_fails_requests_until_it_is_had_again() {
+    let mut place = Place::serving();
+    place.write(0, 0, 0, 512);
+    place.link.request();
+    place.link.say(Message::Lost);
+    assert!(matches!(place.report(), Report::Lost));
+    assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 1));
+    place.write(4, 0, 0, 512);
+    assert_eq!((place.used(), place.status(4)), (vec![(4, 1)], 1));
+    place.orders.put(Order::Reopen);
+    assert_eq!(place.done(), Done::Other);
+    let (link, mode) = place.gateway.accept(OnUnavailable::Wait);
+    assert_eq!(mode, Mode::Open);
+    place.link = link;
+    place.write(8, 0, 0, 512);
+    let (request, _) = place.link.request();
+    place.link.done(request.id, &[]);
+    assert_eq!((place.used(), place.status(8)), (vec![(8, 1)], 0));
+}
+
+#[test]
+fn requests_fail_when_the_policy_says_so() {
+    let mut place = Place::new(OnUnavailable::FailAfter(Duration::from_millis(50)));
+    place.start(None);
+    place.write(0, 0, 0, 512);
+    place.link.request();
+    place.gateway.close();
+    place.link.0.shutdown(std::net::Shutdown::Both).expect("shuts");
+    assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 1));
+}
+
+#[test]
+fn a_worker_that_comes_after_another_carries_out_what_that_left() {
+    let (fd, length) = InflightRegion::create(1, 64).expect("creates");
+    let region = || Arc::new(InflightRegion::adopt(fd.as_fd(), (0, length), 1, 64).expect("adopts"));
+    let mut place = Place::new(OnUnavailable::Wait);
+    place.start(Some(&region()));
+    place.driver.put(BUFFERS, &[5; 512]);
+    for head in [8, 0, 4] {
+        place.write(head, u64::from(head), 0, 512);
+    }
+    let sent: Vec<_> = (0..3).map(|_| place.link.request().0).collect();
+    place.link.done(sent[1].id, &[]);
+    assert_eq!(place.used(), [(0, 1)]);
+    // The process dies here; the guest's memory and the record stay.
+    let mut next = Place::new(OnUnavailable::Wait);
+    std::mem::swap(&mut next.driver, &mut place.driver);
+    next.start(Some(&region()));
+    for sector in [8, 4] {
+        let (request, data) = next.link.request();
+        assert_eq!((request.range.offset(), &data[..]), (sector * 512, &[5; 512][..]));
+        next.link.done(request.id, &[]);
+    }
+    let mut used = next.used();
+    while used.len() < 2 {
+        used.extend(next.used());
+    }
+    assert_eq!(used, [(8, 1), (4, 1)]);
+}
+
+#[test]
+fn it_says_goodbye() {
+    let place = Place::serving();
+    let mut link = GatewayLink(place.link.0.try_clone().expect("duplicates"));
+    drop(place);
+    assert!(link.says_goodbye());
+}
