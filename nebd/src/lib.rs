@@ -31,8 +31,8 @@ pub mod volume;
 pub use config::Config;
 
 use crate::budget::Budget;
-use crate::config::Checked;
-use crate::doors::Doors;
+use crate::config::{Checked, CheckedNbd};
+use crate::doors::{Doors, NbdDoors};
 use crate::event_loop::{EventLoop, Serving};
 use crate::export::Export;
 use crate::inflight::{Inflight, Limits};
@@ -47,10 +47,10 @@ use spline_types::{BlockSize, Geometry};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, channel};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
-/// A running export. Dropping it stops it.
+/// One way in which guests see a volume, running: over NBD, or as a vhost-user-blk device. Dropping it stops it.
 #[derive(Debug)]
 pub struct Nebd {
     stop: Stopper,
@@ -58,65 +58,101 @@ pub struct Nebd {
     serving: Receiver<Serving>,
 }
 
-/// Tells an export to stop, from any thread.
+/// Tells a [`Nebd`] to stop, from any thread.
 #[derive(Debug)]
 pub struct Stopper(OwnedFd);
 
 impl Stopper {
+    fn new() -> anyhow::Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Self(rustix::event::eventfd(0, flags).context("create an eventfd")?))
+    }
+
+    /// What becomes readable then.
+    fn descriptor(&self) -> anyhow::Result<OwnedFd> {
+        self.0.try_clone().context("duplicate the stop descriptor")
+    }
+
     /// Open requests are given a moment; then the link says goodbye and the thread ends. Does not wait for that.
     pub fn stop(&self) {
         if let Err(error) = rustix::io::write(&self.0, &1u64.to_ne_bytes()) {
-            tracing::error!(%error, "event loop can not be told to stop");
+            tracing::error!(%error, "thread can not be told to stop");
+        }
+    }
+}
+
+/// Names a link; a fresh hasher is keyed at random, and that is all it needs.
+pub(crate) fn random_instance() -> InstanceId {
+    InstanceId(RandomState::new().build_hasher().finish())
+}
+
+impl Checked {
+    /// The first hello of a link.
+    pub(crate) fn hello(&self) -> Hello {
+        Hello {
+            versions: VersionRange::OURS,
+            features: 0,
+            mode: Mode::Open,
+            read_only: self.read_only,
+            force: self.force,
+            instance: random_instance(),
+            identity: None,
+            volume: self.volume.clone(),
+        }
+    }
+
+    /// What guests are told. Size and traits are known from the first welcome on; nobody is served before.
+    pub(crate) fn shown(&self) -> Export {
+        Export {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            geometry: Geometry { size: 0, block_size: BlockSize::B4096 },
+            traits: VolumeTraits::default(),
+            read_only: self.read_only,
         }
     }
 }
 
 impl Nebd {
-    /// Starts serving one export and returns at once; clients may come after [`wait_ready`](Self::wait_ready).
+    /// Starts serving one export, in each of its ways, and returns at once; clients may come after
+    /// [`wait_ready`](Self::wait_ready).
     ///
     /// # Errors
     /// If there are no descriptors or threads left.
-    pub fn spawn(export: Checked, doors: Doors, families: &Families) -> anyhow::Result<Self> {
-        let (Some(nbd), Some(nbd_doors)) = (export.nbd.clone(), doors.nbd) else {
+    pub fn spawn(export: &Checked, doors: Doors, families: &Families) -> anyhow::Result<Vec<Self>> {
+        let mut running = Vec::new();
+        if let (Some(nbd), Some(doors)) = (&export.nbd, doors.nbd) {
+            running.push(Self::spawn_nbd(export.clone(), nbd.clone(), doors, families)?);
+        }
+        if export.vhost.is_some() {
             anyhow::bail!("vhost_socket is not served yet: volume={}", export.volume);
-        };
-        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (tell, serving) = channel();
-        let hello = Hello {
-            versions: VersionRange::OURS,
-            features: 0,
-            mode: Mode::Open,
-            read_only: export.read_only,
-            force: export.force,
-            // A fresh hasher is keyed at random; that is all an instance id needs.
-            instance: InstanceId(RandomState::new().build_hasher().finish()),
-            identity: None,
-            volume: export.volume.clone(),
-        };
-        let shown = Export {
-            name: export.name.clone(),
-            description: export.description.clone(),
-            // Known from the first welcome on; nobody is served before.
-            geometry: Geometry { size: 0, block_size: BlockSize::B4096 },
-            traits: VolumeTraits::default(),
-            read_only: export.read_only,
-        };
+        }
+        Ok(running)
+    }
+
+    fn spawn_nbd(
+        export: Checked,
+        nbd: CheckedNbd,
+        doors: NbdDoors,
+        families: &Families,
+    ) -> anyhow::Result<Self> {
+        let (stop, (tell, serving)) = (Stopper::new()?, channel());
         let metrics = families.of(export.volume.as_str(), "nbd");
-        let their_stop = stop.try_clone()?;
-        let thread = std::thread::Builder::new().name("nebd".into()).spawn(move || {
+        let their_stop = stop.descriptor()?;
+        let thread = Builder::new().name("nbd".into()).spawn(move || {
             let now = Instant::now();
             // What their data holds is the budget's to bound: it gives it out in turn.
             let limits = Limits { requests: VOLUME_INFLIGHT_REQUESTS, bytes: u64::MAX };
-            let link = Link::new(export.gateway_socket.clone(), hello, now);
+            let link = Link::new(export.gateway_socket.clone(), export.hello(), now);
             let (inflight, budget) = (Inflight::new(limits), Budget::default());
-            let volume = Volume { export: shown, inflight, budget, lost: false, metrics, now };
-            EventLoop::new((export, nbd), nbd_doors, (link, volume), their_stop, tell)?.run()
+            let volume = Volume { export: export.shown(), inflight, budget, lost: false, metrics, now };
+            EventLoop::new((export, nbd), doors, (link, volume), their_stop, tell)?.run()
         })?;
-        Ok(Self { stop: Stopper(stop), thread: Some(thread), serving })
+        Ok(Self { stop, thread: Some(thread), serving })
     }
 
-    /// Waits until the gateway has accepted the volume and clients may come; answers their NBD URIs, or `None` if
-    /// it was stopped before.
+    /// Waits until the gateway has accepted the volume and clients may come; answers where they connect (NBD
+    /// URIs, the path of a vhost-user socket), or `None` if it was stopped before.
     ///
     /// # Errors
     /// If the gateway refuses the volume, or clients can not be listened for.
@@ -132,7 +168,7 @@ impl Nebd {
     /// # Errors
     /// If there is no descriptor left.
     pub fn stopper(&self) -> anyhow::Result<Stopper> {
-        Ok(Stopper(self.stop.0.try_clone().context("duplicate the stop descriptor")?))
+        self.stop.descriptor().map(Stopper)
     }
 
     /// Waits until it has ended.
@@ -142,7 +178,7 @@ impl Nebd {
     pub fn join(&mut self) -> anyhow::Result<()> {
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
-            Some(Err(_)) => Err(anyhow!("event loop panicked")),
+            Some(Err(_)) => Err(anyhow!("its thread panicked")),
             None => Ok(()),
         }
     }

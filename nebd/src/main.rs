@@ -151,8 +151,9 @@ fn main() -> anyhow::Result<()> {
     let families = Families::new(&mut registry);
     let mut running = Vec::new();
     for (export, doors) in exports.into_iter().zip(doors) {
-        let volume = export.volume.clone();
-        running.push((volume, Nebd::spawn(export, doors, &families)?));
+        for nebd in Nebd::spawn(&export, doors, &families)? {
+            running.push((export.volume.clone(), nebd));
+        }
     }
     let _metrics = config.metrics_listen.map(|address| metrics::serve(address, registry)).transpose()?;
     let stoppers = running.iter().map(|(_, nebd)| nebd.stopper()).collect::<anyhow::Result<Vec<_>>>()?;

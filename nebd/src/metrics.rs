@@ -195,11 +195,6 @@ const fn place(op: BlockOp) -> usize {
 }
 
 impl Metrics {
-    /// The only ones of a process.
-    pub fn new(registry: &mut Registry) -> Self {
-        Families::new(registry).of("", "nbd")
-    }
-
     /// Counts an answered request of `length` bytes.
     pub fn answered(&self, op: BlockOp, length: u64, took: Duration, result: &Result<(), Fault>) {
         let per_op = &self.ops[place(op)];

@@ -60,7 +60,7 @@ impl Place {
         };
         let export = config.check().expect("good").remove(0);
         let doors = Doors::take(&export).expect("free");
-        Nebd::spawn(export, doors, &Families::new(registry)).expect("starts")
+        Nebd::spawn(&export, doors, &Families::new(registry)).expect("starts").remove(0)
     }
 
     fn status_file(&self) -> PathBuf {
