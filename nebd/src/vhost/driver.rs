@@ -4,6 +4,7 @@ use super::memory::{GuestMemory, RegionPlace, Segment};
 use super::order::{QueueStart, Rings};
 use super::queue::{FEATURE_EVENT_INDEX, FEATURE_INDIRECT, Queue, find_rings};
 use rustix::fs::MemfdFlags;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// First address as the guest knows it.
@@ -25,6 +26,7 @@ pub(crate) const INDIRECT: u16 = 4;
 pub(crate) struct Driver {
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) size: u16,
+    file: OwnedFd,
     offered: u16,
     seen: u16,
 }
@@ -34,8 +36,14 @@ impl Driver {
         let fd = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).expect("memfd");
         rustix::fs::ftruncate(&fd, BYTES).expect("grows");
         let place = RegionPlace { guest_address: BASE, length: BYTES, user_address: USER, offset: 0 };
+        let ours = fd.try_clone().expect("duplicates");
         let memory = Arc::new(GuestMemory::map(vec![(place, fd)]).expect("maps"));
-        Self { memory, size, offered: 0, seen: 0 }
+        Self { memory, size, file: ours, offered: 0, seen: 0 }
+    }
+
+    /// The front-end takes memory away that it has shared: everything from guest address `end` on.
+    pub(crate) fn truncate(&self, end: u64) {
+        rustix::fs::ftruncate(&self.file, end - BASE).expect("shrinks");
     }
 
     pub(crate) fn rings(&self) -> Rings {

@@ -108,6 +108,7 @@ impl Stream {
     pub fn flush(&mut self, link: &Link, table: &mut Inflight<Asked>) -> Result<(), LinkDown> {
         let Some(socket) = link.socket() else { return Ok(()) };
         self.full = false;
+        let mut mended = false;
         loop {
             self.take_in(link, table);
             if self.sending.is_empty() {
@@ -123,8 +124,14 @@ impl Stream {
                 Ok(sent) => sent,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if is_fault(&error) && !mended => {
+                    self.sending.iter().take(FRAMES_PER_SEND).for_each(|id| mend(table, *id));
+                    mended = true;
+                    continue;
+                }
                 Err(error) => return Err(error.into()),
             };
+            mended = false;
             self.full = sent < outgoing.bytes();
             self.advance(sent as u64, table);
             if self.full {
@@ -323,7 +330,24 @@ fn read_direct(
         Err(error) if error.kind() == io::ErrorKind::Interrupted => {
             Ok((0, Received::Bytes { count: 0, drained: false }))
         }
+        Err(error) if is_fault(&error) => {
+            mend(table, coming.id);
+            Ok((0, Received::Bytes { count: 0, drained: false }))
+        }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether guest memory has vanished under a call.
+fn is_fault(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
+}
+
+/// Replaces what has vanished of a request's memory by zeros, so that the call can be repeated. The front-end truncated it: it
+/// has lost what was there, and its queues are broken from now on, but the link must not suffer.
+fn mend(table: &Inflight<Asked>, id: RequestId) {
+    if let Some(Asked::Guest(guest)) = table.get(id).map(|entry| &entry.context) {
+        guest.data.iter().for_each(|segment| guest.memory.mend(*segment));
     }
 }
 

@@ -189,6 +189,31 @@ fn what_is_read_for_an_abandoned_guest_touches_nothing() {
     }
 }
 
+#[test]
+fn memory_that_vanishes_costs_no_link() {
+    let mut pair = Pair::new();
+    pair.driver.put(BUFFERS, &[7; 8192]);
+    let write = pair.ask(BlockOp::Write, vec![segment(BUFFERS, 512), segment(BUFFERS + 4096, 512)]);
+    let read = pair.ask(BlockOp::Read, vec![segment(BUFFERS + 8192, 200_000)]);
+    pair.driver.truncate(BUFFERS + 4096);
+    pair.flush();
+    let mut sent = vec![0; 2 * HEADER_BYTES + 1024];
+    pair.gateway.read_exact(&mut sent).expect("comes whole");
+    assert!(sent[HEADER_BYTES..][..512] == [7; 512] && sent[HEADER_BYTES + 512..][..512] == [0; 512]);
+    let mut bytes = Header::reply(read, Completion::Done(()), 200_000).encode().to_vec();
+    bytes.extend(vec![9; 200_000]);
+    bytes.extend(Header::reply(write, Completion::Done(()), 0).encode());
+    let mut gateway = pair.gateway.try_clone().expect("duplicates");
+    let sender = std::thread::spawn(move || gateway.write_all(&bytes).expect("writes"));
+    let mut done = Vec::new();
+    while done.len() < 2 {
+        done.extend(pair.receive().expect("answers"));
+    }
+    sender.join().expect("sends");
+    assert_eq!(done, [read, write]);
+    assert!(pair.driver.memory.is_damaged());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
