@@ -8,6 +8,7 @@
 //! connection's requests are waited for; if the link was lost meanwhile, a probe on the next one is, which the gateway answers
 //! only when everything of the old one has ended. `bounded`: the table's places; a chain that finds none stays in its ring.
 
+pub mod polling;
 pub mod served;
 
 use crate::export::Export;
@@ -23,6 +24,7 @@ use crate::vhost::request::{self, Wish, understand};
 use crate::vhost::status::{BlkStatus, blk_status};
 use crate::vhost::stream::{Asked, Event, GuestRequest, Stream};
 use anyhow::Context;
+use polling::Polling;
 use rustix::event::epoll::EventFlags;
 use served::Served;
 use spline_link::{Header, Hello, Message};
@@ -87,6 +89,9 @@ pub struct Worker {
     abandoning: bool,
     ended: bool,
     now: Instant,
+    polling: Polling,
+    /// Since when nothing is open: the guest's next request is waited for.
+    answered: Option<Instant>,
     /// When memory is given back; `None` if that is done.
     idle_at: Option<Instant>,
 }
@@ -116,6 +121,8 @@ impl Worker {
             abandoning: false,
             ended: false,
             now,
+            polling: Polling::default(),
+            answered: None,
             idle_at: None,
         })
     }
@@ -149,6 +156,25 @@ impl Worker {
             more = self.settle()?;
         }
         Ok(())
+    }
+
+    /// Looks at the rings for a moment, if the guest's next request is likely to come within it, while it need not notify us.
+    /// True if it has.
+    fn look(&mut self) -> bool {
+        if !self.table.is_empty() {
+            return false;
+        }
+        let answered = *self.answered.get_or_insert_with(Instant::now);
+        let mut now = answered;
+        while now - answered < self.polling.window() {
+            now = Instant::now();
+            if self.queues.values().any(|served| served.is_open() && served.queue.has_work()) {
+                self.now = now;
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        false
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -382,7 +408,7 @@ impl Worker {
             let room = self.fetch_all();
             self.flush()?;
             self.queues.values_mut().for_each(Served::publish);
-            if !(room && self.listen_all()) {
+            if !(room && (self.look() || self.listen_all())) {
                 self.finish();
                 return Ok(false);
             }
@@ -446,6 +472,9 @@ impl Worker {
                 let guest =
                     GuestRequest { queue: number, head: chain.head, memory, data, status, abandoned: false };
                 self.table.admit((op, range, fua), Asked::Guest(guest), self.now);
+                if let Some(answered) = self.answered.take() {
+                    self.polling.learn(self.now.saturating_duration_since(answered));
+                }
                 return Ok(());
             }
             Wish::Block { .. } => (0, Err(Fault::Fenced)),
