@@ -5,13 +5,14 @@
 //! Must never know: the cluster, its clients and servers, gRPC, raft, tokio. It is rarely released and an upgrade never
 //! restarts it, so it stays small: one event-loop thread, a handful of descriptors, under 8 MiB resident.
 //!
-//! Modules in the order in which a request meets them: [`config`], [`doors`] (once) → [`event_loop`] over
+//! Modules in the order in which a request meets them: [`config`], [`doors`], [`confine`] (once) → [`event_loop`] over
 //! [`poller`] → [`listener`] → [`nbd`] ([`nbd::connection`], [`nbd::handshake`], [`nbd::transmission`]) reading by [`receive`]
 //! → [`export`] → [`volume`] → [`inflight`] → [`link`] → the gateway, and back through [`nbd::reply`] and
 //! [`send_queue`]. [`budget`] bounds the memory of all clients together. [`metrics`], [`memory`] and [`status_file`] stand beside.
 
 pub mod budget;
 pub mod config;
+pub mod confine;
 pub mod doors;
 pub mod event_loop;
 pub mod export;

@@ -1,18 +1,20 @@
 //! `spline-nebd`: flags, start, announce, stop.
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Parser;
 use prometheus_client::registry::Registry;
 use spline_nebd::config::ExportConfig;
+use spline_nebd::confine::{self, Reach};
 use spline_nebd::doors::Doors;
 use spline_nebd::metrics::Families;
 use spline_nebd::{Config, Nebd};
 use spline_process::CommonFlags;
 use spline_process::metrics;
+use spline_process::ready::{self, PidFile};
 use spline_process::signals::Stop;
 use spline_types::VolumeName;
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 /// Stack of a thread that only waits for an export: nebd counts its memory in MiB.
@@ -40,6 +42,12 @@ struct Flags {
     /// Directory for the status files
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
+    /// User to become once the sockets are bound
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+    /// Do not give up access to files, programs and most of the kernel; for debugging
+    #[arg(long)]
+    no_confine: bool,
     #[command(flatten)]
     export: ExportFlags,
 }
@@ -87,6 +95,8 @@ impl Flags {
         self.gateway_socket.clone_into_some(&mut config.gateway_socket);
         self.runtime_dir.clone_into_some(&mut config.runtime_dir);
         config.metrics_listen = self.metrics_listen.or(config.metrics_listen);
+        config.user = self.user.clone().or(config.user.take());
+        config.confine &= !self.no_confine;
         if self.export == ExportFlags::default() {
             return Ok(());
         }
@@ -147,28 +157,40 @@ fn main() -> anyhow::Result<()> {
     let exports = config.check()?;
     let stop = Stop::install()?;
     let doors = exports.iter().map(Doors::take).collect::<anyhow::Result<Vec<_>>>()?;
+    let metrics_listen = config.metrics_listen.map(listen_for_scrapers).transpose()?;
+    let pid_file = flags.common.prepare_pid_file().context("write the pid file")?;
+    // From here on this process reaches only what it has, and every thread is confined: none was started before.
+    let reach = Reach {
+        removed: doors.iter().flat_map(Doors::files).map(Path::to_owned).collect(),
+        renamed: pid_file.as_ref().map(|file| file.path().to_owned()),
+    };
+    let confinement = confine::enter(config.user.as_deref(), config.confine, &reach)?;
     let mut registry = Registry::default();
+    confinement.register(&mut registry);
     let families = Families::new(&mut registry);
     let mut running = Vec::new();
-    for (export, doors) in exports.into_iter().zip(doors) {
-        for nebd in Nebd::spawn(&export, doors, &families)? {
-            running.push((export.volume.clone(), nebd));
-        }
+    for (export, doors) in exports.iter().zip(doors) {
+        let parts = Nebd::spawn(export, doors, &families)?;
+        running.extend(parts.into_iter().map(|part| (export.volume.clone(), part)));
     }
-    let _metrics = config.metrics_listen.map(|address| metrics::serve(address, registry)).transpose()?;
+    let _metrics = metrics_listen.map(|listener| metrics::serve_on(listener, registry)).transpose()?;
     let stoppers = running.iter().map(|(_, nebd)| nebd.stopper()).collect::<anyhow::Result<Vec<_>>>()?;
     std::thread::Builder::new().name("signals".into()).stack_size(WAITER_STACK_BYTES).spawn(move || {
         stop.wait();
         stoppers.iter().for_each(spline_nebd::Stopper::stop);
     })?;
-    let (exports, (tell, events)) = (running.len(), channel());
+    let (parts, (tell, events)) = (running.len(), channel());
     for (volume, nebd) in running {
         let tell = tell.clone();
         let waiter = std::thread::Builder::new().name("waiter".into()).stack_size(WAITER_STACK_BYTES);
         waiter.spawn(move || follow(&volume, nebd, &tell))?;
     }
     drop(tell);
-    tend(&events, exports, &flags.common)
+    tend(&events, parts, pid_file)
+}
+
+fn listen_for_scrapers(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).with_context(|| format!("listen for scrapers: metrics_listen={address}"))
 }
 
 /// Reports on one export until it has ended.
@@ -192,8 +214,12 @@ fn follow(volume: &VolumeName, mut nebd: Nebd, tell: &Sender<(VolumeName, Event)
 /// # Errors
 /// Why the last one ended, if it was not stopped. One that can not be served does not take the disks of the others' guests
 /// away: it is logged.
-fn tend(events: &Receiver<(VolumeName, Event)>, exports: usize, common: &CommonFlags) -> anyhow::Result<()> {
-    let (mut undecided, mut alive) = (exports, exports);
+fn tend(
+    events: &Receiver<(VolumeName, Event)>,
+    parts: usize,
+    mut pid_file: Option<PidFile>,
+) -> anyhow::Result<()> {
+    let (mut undecided, mut alive) = (parts, parts);
     let (mut serving, mut announced, mut last) = (Vec::new(), None, Ok(()));
     for (volume, event) in events {
         match event {
@@ -213,7 +239,7 @@ fn tend(events: &Receiver<(VolumeName, Event)>, exports: usize, common: &CommonF
             }
         }
         if undecided == 0 && alive > 0 && announced.is_none() {
-            announced = Some(common.announce(&serving.join(", "))?);
+            announced = Some(ready::announce(&serving.join(", "), pid_file.take())?);
         }
     }
     last

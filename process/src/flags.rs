@@ -2,7 +2,8 @@
 //!
 //! Called by each `main.rs`, which flattens [`CommonFlags`] into its own clap struct.
 
-use crate::{config, logs, ready};
+use crate::ready::{self, PidFile};
+use crate::{config, logs};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
@@ -48,11 +49,20 @@ impl CommonFlags {
         Ok(Some(loaded))
     }
 
+    /// Writes the pid file, if one is wanted, but not to its place: for [`ready::announce`] later, by a process that may then
+    /// write no file any more.
+    ///
+    /// # Errors
+    /// If it can not be written.
+    pub fn prepare_pid_file(&self) -> std::io::Result<Option<PidFile>> {
+        self.pid_file.as_deref().map(PidFile::prepare).transpose()
+    }
+
     /// Tells the world that the process serves; see [`ready::announce`]. Keep the result until the process ends.
     ///
     /// # Errors
     /// If the pid file can not be written.
     pub fn announce(&self, what: &str) -> std::io::Result<ready::Announced> {
-        ready::announce(what, self.pid_file.as_deref())
+        ready::announce(what, self.prepare_pid_file()?)
     }
 }

@@ -9,8 +9,9 @@ pub mod http;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets_range};
 use prometheus_client::registry::Registry;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,8 @@ const LATENCY_BUCKETS: u16 = 19;
 #[derive(Debug)]
 pub struct Endpoint {
     place: Place,
+    /// The listening socket, to wake the thread by.
+    socket: OwnedFd,
     stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -43,9 +46,16 @@ enum Place {
 /// # Errors
 /// If the address can not be listened on.
 pub fn serve(listen: SocketAddr, registry: Registry) -> io::Result<Endpoint> {
-    let listener = TcpListener::bind(listen)?;
-    let place = Place::Tcp(listener.local_addr()?);
-    Endpoint::start(place, registry, move || {
+    serve_on(TcpListener::bind(listen)?, registry)
+}
+
+/// As [`serve`], on a socket that was bound before.
+///
+/// # Errors
+/// If there is no thread left.
+pub fn serve_on(listener: TcpListener, registry: Registry) -> io::Result<Endpoint> {
+    let (place, socket) = (Place::Tcp(listener.local_addr()?), listener.try_clone()?.into());
+    Endpoint::start((place, socket), registry, move || {
         let (stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(SCRAPE_TIMEOUT))?;
         stream.set_write_timeout(Some(SCRAPE_TIMEOUT))?;
@@ -64,7 +74,8 @@ pub fn serve_unix(path: &Path, registry: Registry) -> io::Result<Endpoint> {
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
-    Endpoint::start(Place::Unix(path.to_owned()), registry, move || {
+    let (place, socket) = (Place::Unix(path.to_owned()), listener.try_clone()?.into());
+    Endpoint::start((place, socket), registry, move || {
         let (stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(SCRAPE_TIMEOUT))?;
         stream.set_write_timeout(Some(SCRAPE_TIMEOUT))?;
@@ -79,7 +90,7 @@ pub fn latency_histogram() -> Histogram {
 
 impl Endpoint {
     fn start<S: io::Read + io::Write>(
-        place: Place,
+        (place, socket): (Place, OwnedFd),
         registry: Registry,
         accept: impl Fn() -> io::Result<S> + Send + 'static,
     ) -> io::Result<Self> {
@@ -103,7 +114,7 @@ impl Endpoint {
                     }
                 }
             })?;
-        Ok(Self { place, stopping, thread: Some(thread) })
+        Ok(Self { place, socket, stopping, thread: Some(thread) })
     }
 
     /// Where it listens, if on TCP.
@@ -118,11 +129,12 @@ impl Endpoint {
 impl Drop for Endpoint {
     fn drop(&mut self) {
         self.stopping.store(true, Ordering::Release);
-        // Wakes the thread out of accept; if that fails, it must not be waited for.
-        let woken = match &self.place {
-            Place::Tcp(address) => TcpStream::connect_timeout(address, SCRAPE_TIMEOUT).is_ok(),
-            Place::Unix(path) => UnixStream::connect(path).is_ok() && std::fs::remove_file(path).is_ok(),
-        };
+        // Wakes the thread out of accept, without a connection, which this process may not be allowed to make any more; if that
+        // fails, the thread must not be waited for.
+        let woken = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both).is_ok();
+        if let Place::Unix(path) = &self.place {
+            let _ = std::fs::remove_file(path);
+        }
         if let (true, Some(thread)) = (woken, self.thread.take()) {
             let _ = thread.join();
         }
@@ -134,6 +146,8 @@ mod tests {
     use super::*;
     use prometheus_client::metrics::counter::Counter;
     use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::os::unix::net::UnixStream;
 
     fn registry() -> Registry {
         let mut registry = Registry::default();

@@ -6,36 +6,69 @@ use sd_notify::NotifyState;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// A pid file that is written but not in its place yet. Dropping it removes it, wherever it is.
+#[derive(Debug)]
+pub struct PidFile {
+    path: PathBuf,
+    partial: PathBuf,
+}
+
+impl PidFile {
+    /// Writes the process id beside `path`: what is left is a rename, which a process can do that may write no file any more.
+    ///
+    /// # Errors
+    /// If it can not be written.
+    pub fn prepare(path: &Path) -> io::Result<Self> {
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".new");
+        let file = Self { path: path.to_owned(), partial: partial.into() };
+        std::fs::write(&file.partial, format!("{}\n", std::process::id()))?;
+        Ok(file)
+    }
+
+    /// Where it will lie.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where it lies until the process serves.
+    pub fn partial(&self) -> &Path {
+        &self.partial
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        if std::fs::remove_file(&self.partial).is_err() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
 /// The process has said that it serves. Dropping it says that it stops, and removes the pid file.
 #[must_use = "dropping it says that the process stops"]
 #[derive(Debug)]
 pub struct Announced {
-    pid_file: Option<PathBuf>,
+    _pid_file: Option<PidFile>,
 }
 
-/// Sends `READY=1` to systemd (if it started this process with a notify socket), logs `what` is served, and writes
-/// the process id to `pid_file`, atomically: whoever sees the file sees a whole number.
+/// Sends `READY=1` to systemd (if it started this process with a notify socket), logs `what` is served, and puts the pid
+/// file in its place, atomically: whoever sees the file sees a whole number.
 ///
 /// # Errors
-/// If the pid file can not be written. A notify socket that does not answer is only logged.
-pub fn announce(what: &str, pid_file: Option<&Path>) -> io::Result<Announced> {
-    if let Some(path) = pid_file {
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".new");
-        std::fs::write(&partial, format!("{}\n", std::process::id()))?;
-        std::fs::rename(&partial, path)?;
+/// If the pid file can not be renamed. A notify socket that does not answer is only logged.
+pub fn announce(what: &str, pid_file: Option<PidFile>) -> io::Result<Announced> {
+    if let Some(file) = &pid_file {
+        std::fs::rename(&file.partial, &file.path)?;
     }
     notify(&[NotifyState::Ready]);
     tracing::info!("ready: {what}");
-    Ok(Announced { pid_file: pid_file.map(Path::to_owned) })
+    Ok(Announced { _pid_file: pid_file })
 }
 
 impl Drop for Announced {
     fn drop(&mut self) {
         notify(&[NotifyState::Stopping]);
-        if let Some(path) = &self.pid_file {
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
 
@@ -53,11 +86,19 @@ mod tests {
     fn the_pid_file_lives_as_long_as_the_announcement() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("x.pid");
-        let announced = announce("an example", Some(&path)).expect("announces");
+        let prepared = PidFile::prepare(&path).expect("writes");
+        assert!(!path.exists(), "it does not serve yet");
+        let announced = announce("an example", Some(prepared)).expect("announces");
         let text = std::fs::read_to_string(&path).expect("reads");
         assert_eq!(text.trim().parse(), Ok(std::process::id()));
         drop(announced);
         assert!(!path.exists());
-        assert!(announce("an example", Some(&dir.path().join("none/x.pid"))).is_err());
+        drop(PidFile::prepare(&path).expect("writes"));
+        assert_eq!(
+            std::fs::read_dir(dir.path()).expect("reads").count(),
+            0,
+            "one that never served leaves nothing"
+        );
+        assert!(PidFile::prepare(&dir.path().join("none/x.pid")).is_err());
     }
 }
