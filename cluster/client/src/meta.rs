@@ -99,6 +99,8 @@ pub struct Renewal {
 pub struct RenewedSession {
     /// The volume.
     pub volume: VolumeId,
+    /// The session that was asked for: there may be another one of the same volume, under another name.
+    pub epoch: Epoch,
     /// Whether the session is still ours.
     pub state: SessionState,
 }

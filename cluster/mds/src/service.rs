@@ -188,12 +188,14 @@ impl pb::sessions_server::Sessions for Service {
                 .map(|session| (VolumeId::new(session.volume_id), Epoch::new(session.epoch)))
                 .collect();
             let judged = self.sessions.renew(&asked.gateway, &sessions).await?;
-            let renewed = sessions.iter().zip(judged).map(|((id, _), renewed)| match renewed {
-                Renewed::Alive(size_bytes, name) => {
-                    let name = name.as_str().to_owned();
-                    pb::RenewedSession { volume_id: id.get(), lost: false, size_bytes, name }
+            let renewed = sessions.iter().zip(judged).map(|((id, epoch), renewed)| {
+                let of = pb::RenewedSession { volume_id: id.get(), epoch: epoch.get(), ..Default::default() };
+                match renewed {
+                    Renewed::Alive(size_bytes, name) => {
+                        pb::RenewedSession { size_bytes, name: name.as_str().to_owned(), ..of }
+                    }
+                    Renewed::Lost => pb::RenewedSession { lost: true, ..of },
                 }
-                Renewed::Lost => pb::RenewedSession { volume_id: id.get(), lost: true, ..Default::default() },
             });
             let lease_ms = millis(self.context.config.lease);
             Ok(pb::RenewSessionsReply { lease_ms, sessions: renewed.collect() })

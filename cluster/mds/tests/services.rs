@@ -98,7 +98,9 @@ impl Lab {
     async fn renew(&mut self, gateway: &str, volume_id: u64, epoch: u64) -> pb::RenewedSession {
         let sessions = vec![pb::SessionRef { volume_id, epoch }];
         let request = pb::RenewSessionsRequest { gateway: gateway.into(), sessions };
-        self.sessions.renew(request).await.expect("renews").into_inner().sessions.remove(0)
+        let renewed = self.sessions.renew(request).await.expect("renews").into_inner().sessions.remove(0);
+        assert_eq!((renewed.volume_id, renewed.epoch), (volume_id, epoch), "it says which one it judges");
+        renewed
     }
 
     async fn allocate(&mut self, volume_id: u64, epoch: u64, index: u32) -> Result<Vec<u32>, Code> {

@@ -98,13 +98,20 @@ struct Volume {
     block_size: BlockSize,
     size: AtomicU64,
     /// Its name by now; `name` is the one under which it was opened.
-    called: Mutex<String>,
+    called: Mutex<Called>,
     standing: watch::Sender<Standing>,
     cluster: ClusterClient,
     client: VolumeClient,
     segments: RwLock<HashMap<SegmentIndex, Arc<[CopysetId]>>>,
     /// Segments that are being allocated: whoever comes meanwhile waits for the same answer.
     allocating: Mutex<HashMap<SegmentIndex, Arc<Allocation>>>,
+}
+
+/// A volume's name as it was last told.
+struct Called {
+    name: String,
+    /// The renewal that told it: an answer to an earlier one that comes later may be older.
+    renewal: u64,
 }
 
 type Allocation = OnceCell<Arc<[CopysetId]>>;
@@ -123,7 +130,7 @@ impl Volume {
         };
         let size = opened.geometry.size;
         Self {
-            called: Mutex::new(name.as_str().to_owned()),
+            called: Mutex::new(Called { name: name.as_str().to_owned(), renewal: 0 }),
             name,
             id: opened.volume,
             traits,
@@ -149,23 +156,27 @@ impl Volume {
         }
     }
 
-    /// The volume has this name now.
-    fn renamed(&self, name: &str) {
+    /// The volume has this name, as the answer to `renewal` says.
+    fn renamed(&self, name: &str, renewal: u64) {
         let mut called = self.called.lock().unwrap_or_else(PoisonError::into_inner);
-        if *called != name {
+        if renewal < called.renewal {
+            return;
+        }
+        called.renewal = renewal;
+        if called.name != name {
             info!(volume = %self.name, name, "volume was renamed");
-            name.clone_into(&mut called);
+            name.clone_into(&mut called.name);
         }
     }
 
     /// Refused if the volume has another name by now than the one under which it was opened: that may be another volume's.
     fn is_called_so(&self) -> Result<(), OpenError> {
         let called = self.called.lock().unwrap_or_else(PoisonError::into_inner);
-        match called.as_str() == self.name.as_str() {
+        match called.name == self.name.as_str() {
             true => Ok(()),
             false => Err(OpenError::Unavailable(format!(
-                "the volume that is served under this name was renamed, end its exports first: volume={} name={called}",
-                self.name
+                "the volume that is served under this name was renamed, end its exports first: volume={} name={}",
+                self.name, called.name
             ))),
         }
     }

@@ -97,6 +97,7 @@ impl Mds {
             .await?;
         let sessions = reply.sessions.into_iter().map(|session| RenewedSession {
             volume: VolumeId::new(session.volume_id),
+            epoch: Epoch::new(session.epoch),
             state: match session.lost {
                 true => SessionState::Lost,
                 false => SessionState::Alive { size: session.size_bytes, name: session.name },

@@ -6,6 +6,7 @@
 
 use super::Volume;
 use spline_client::{ClusterClient, MetaError, Renewal, SessionState};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -25,6 +26,8 @@ pub(super) struct Leases {
     /// The table has its first session.
     filled: Notify,
     stopped: CancellationToken,
+    /// Renewals asked for so far: their answers may overtake each other.
+    asked: AtomicU64,
 }
 
 #[derive(Default)]
@@ -38,7 +41,8 @@ impl Leases {
     /// Starts the renewals.
     pub(super) fn start(client: ClusterClient, gateway: String) -> Arc<Self> {
         let (table, filled, stopped) = (Mutex::default(), Notify::new(), CancellationToken::new());
-        let leases = Arc::new(Self { client, gateway, table, filled, stopped });
+        let asked = AtomicU64::new(0);
+        let leases = Arc::new(Self { client, gateway, table, filled, stopped, asked });
         tokio::spawn(Arc::clone(&leases).run());
         leases
     }
@@ -113,25 +117,32 @@ impl Leases {
     /// If no metadata server answers.
     pub(super) async fn renew(&self, held: &[Arc<Volume>]) -> Result<(), MetaError> {
         let sessions: Vec<_> = held.iter().map(|volume| (volume.id, volume.epoch())).collect();
+        let number = self.asked.fetch_add(1, Ordering::Relaxed) + 1;
         let renewal = self.client.renew(&self.gateway, &sessions).await?;
-        self.apply(held, &renewal);
+        self.table().lease = Some(renewal.lease);
+        apply(held, &renewal, number);
         Ok(())
     }
+}
 
-    fn apply(&self, held: &[Arc<Volume>], renewal: &Renewal) {
-        self.table().lease = Some(renewal.lease);
-        for renewed in &renewal.sessions {
-            let Some(volume) = held.iter().find(|volume| volume.id == renewed.volume) else { continue };
-            match &renewed.state {
-                SessionState::Alive { size, name } => {
-                    volume.resized(*size);
-                    volume.renamed(name);
-                }
-                SessionState::Lost => {
-                    warn!(volume = %volume.name, epoch = %volume.epoch(), "session is lost to a newer one");
-                    volume.lose();
-                }
+/// Tells each session what a renewal says of it. `number` orders renewals by when they were asked for. A volume may be held
+/// twice: opened anew under another name while the session of the old name has not heard that it is lost.
+fn apply(held: &[Arc<Volume>], renewal: &Renewal, number: u64) {
+    for renewed in &renewal.sessions {
+        let asked = |volume: &&Arc<Volume>| volume.id == renewed.volume && volume.epoch() == renewed.epoch;
+        let Some(volume) = held.iter().find(asked) else { continue };
+        match &renewed.state {
+            SessionState::Alive { size, name } => {
+                volume.resized(*size);
+                volume.renamed(name, number);
+            }
+            SessionState::Lost => {
+                warn!(volume = %volume.name, epoch = %volume.epoch(), "session is lost to a newer one");
+                volume.lose();
             }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
