@@ -28,18 +28,18 @@ impl Intake {
         Arc::new(Intake { bytes: AtomicU64::new(0), limit })
     }
 
-    /// A place for `request` until its reply is queued; `None` if there is none now.
-    pub(crate) fn take(self: &Arc<Self>, member: &Arc<Member>, request: &Request) -> Option<Place> {
+    /// Counts `request` in until its reply is queued; `None` if there is no room now.
+    pub(crate) fn take(self: &Arc<Self>, member: &Arc<Member>, request: &Request) -> Option<Taken> {
         let bytes = match request {
             Request::Append(append) => append.entries.iter().map(cost).sum(),
             _ => 0,
         };
         // Entered first, given back by the drop if it was too much: two that race must not both find room.
         let waiting = member.unanswered.fetch_add(1, Ordering::Relaxed);
-        let taken = self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        let place = Place { intake: self.clone(), member: member.clone(), bytes };
-        let has_room = bytes == 0 || taken == 0 || taken + bytes <= self.limit;
-        (waiting < REQUESTS_MAX && has_room).then_some(place)
+        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let taken = Taken { intake: self.clone(), member: member.clone(), bytes };
+        let has_room = bytes == 0 || before == 0 || before + bytes <= self.limit;
+        (waiting < REQUESTS_MAX && has_room).then_some(taken)
     }
 }
 
@@ -47,21 +47,21 @@ fn cost(entry: &Entry) -> u64 {
     command_bytes(entry) as u64 + ENTRY_COST
 }
 
-/// Held while a request waits for its answer, and the answer for its place on the connection.
-pub(crate) struct Place {
+/// A request that was taken. Held while it waits for its answer, and the answer for its turn on the connection.
+pub(crate) struct Taken {
     intake: Arc<Intake>,
     member: Arc<Member>,
     bytes: u64,
 }
 
-impl Place {
+impl Taken {
     /// The log has the entries, or they are refused: only the answer is left.
     pub(crate) fn entries_are_kept(&mut self) {
         self.intake.bytes.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
     }
 }
 
-impl Drop for Place {
+impl Drop for Taken {
     fn drop(&mut self) {
         self.member.unanswered.fetch_sub(1, Ordering::Relaxed);
         self.entries_are_kept();

@@ -23,7 +23,7 @@ pub(crate) fn dispatch(
     replies: FrameSender,
     intake: &Arc<Intake>,
 ) {
-    let Some(mut place) = intake.take(&member, &request) else {
+    let Some(mut taken) = intake.take(&member, &request) else {
         member.metrics.requests_refused.inc();
         return refuse(number, format!("replica takes nothing more now, group={}", member.id), &replies);
     };
@@ -31,10 +31,10 @@ pub(crate) fn dispatch(
     // Unconstrained: the first poll must reach the group's queue, however busy this task has been.
     let mut work = Box::pin(tokio::task::unconstrained(async move {
         let reply = carry_out(&member, request).await;
-        place.entries_are_kept();
-        // A connection that has gone needs no reply. One that takes none keeps the request's place.
+        taken.entries_are_kept();
+        // A connection that has gone needs no reply. One that takes none keeps the request counted.
         let _ = replies.send(reply.into_frame(number)).await;
-        drop(place);
+        drop(taken);
     }));
     if is_append && poll_once(work.as_mut()) {
         return;
