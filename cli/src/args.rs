@@ -55,6 +55,9 @@ pub enum Command {
     /// Serve volumes to NBD clients
     #[command(subcommand, after_help = "Example:\n  spline nbd export disk0 --socket /tmp/disk0.sock")]
     Nbd(Nbd),
+    /// Serve volumes to virtual machines, as vhost-user-blk disks
+    #[command(subcommand, after_help = "Example:\n  spline vhost export disk0 --queues 4")]
+    Vhost(Vhost),
     /// Look at the cluster
     #[command(subcommand, after_help = "Example:\n  spline cluster status")]
     Cluster(Cluster),
@@ -163,29 +166,99 @@ pub enum Nbd {
     },
 }
 
-/// What to export, and where.
+/// What to export to NBD clients, and where.
 #[derive(Args, Debug)]
 pub struct NbdExport {
-    /// The volume, or file:/abs/path for a file that the gateway may serve
-    pub volume: String,
+    /// What every export has.
+    #[command(flatten)]
+    pub export: Export,
     /// Listen on this unix socket (default: one in the runtime directory)
     #[arg(long, value_name = "PATH", conflicts_with = "tcp")]
     pub socket: Option<PathBuf>,
     /// Listen on this TCP address; loopback only, NBD has no passwords
     #[arg(long, value_name = "ADDR")]
     pub tcp: Option<SocketAddr>,
+}
+
+/// What every export has.
+#[derive(Args, Debug)]
+pub struct Export {
+    /// The volume, or file:/abs/path for a file that the gateway may serve
+    pub volume: String,
     /// Refuse writes
     #[arg(long)]
     pub read_only: bool,
     /// Take the volume from another gateway that still serves it; that one's writes are refused from then on
     #[arg(long)]
     pub force: bool,
+    /// User that the export's process becomes once it has its sockets (default: stay as started)
+    #[arg(long, value_name = "USER")]
+    pub user: Option<String>,
     /// Link socket of this host's gateway
     #[arg(long, env = "SPLINE_GATEWAY", default_value = GATEWAY_SOCKET, value_name = "PATH")]
     pub gateway: PathBuf,
     /// Directory of the status files
     #[arg(long, env = "SPLINE_RUNTIME_DIR", default_value = RUNTIME_DIR, value_name = "DIR")]
     pub runtime_dir: PathBuf,
+}
+
+/// Commands on vhost-user-blk exports.
+#[derive(Subcommand, Debug)]
+pub enum Vhost {
+    /// Start a nebd process that serves a volume to a virtual machine, wait until it does, and print its socket; what QEMU
+    /// needs is said on standard error
+    #[command(
+        after_help = "Examples:\n  spline vhost export disk0\n  spline vhost export disk0 --socket /tmp/disk0.vhost --queues 8 --serial root"
+    )]
+    Export(VhostExport),
+    /// Stop the nebd process that serves a volume; its guest's disk stops answering, the volume stays
+    #[command(after_help = "Example:\n  spline vhost rm disk0")]
+    Rm {
+        /// The volume, as `vhost ls` shows it
+        volume: String,
+        /// Directory of the status files
+        #[arg(long, env = "SPLINE_RUNTIME_DIR", default_value = RUNTIME_DIR, value_name = "DIR")]
+        runtime_dir: PathBuf,
+    },
+    /// List the exports of this host
+    #[command(after_help = "Example:\n  spline vhost ls")]
+    Ls {
+        /// Directory of the status files
+        #[arg(long, env = "SPLINE_RUNTIME_DIR", default_value = RUNTIME_DIR, value_name = "DIR")]
+        runtime_dir: PathBuf,
+    },
+    /// Print what libvirt's domain XML needs for an export
+    #[command(after_help = "Example:\n  spline vhost xml disk0 --target vdb")]
+    Xml {
+        /// The volume, as `vhost ls` shows it
+        volume: String,
+        /// Name of the disk in the domain
+        #[arg(long, default_value = "vda", value_name = "NAME")]
+        target: String,
+        /// Directory of the status files
+        #[arg(long, env = "SPLINE_RUNTIME_DIR", default_value = RUNTIME_DIR, value_name = "DIR")]
+        runtime_dir: PathBuf,
+    },
+}
+
+/// What to export to a virtual machine, and how.
+#[derive(Args, Debug)]
+pub struct VhostExport {
+    /// What every export has.
+    #[command(flatten)]
+    pub export: Export,
+    /// Listen on this unix socket (default: one in the runtime directory)
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Queues that the guest may use; one for each of its processors serves best
+    #[arg(long, default_value_t = 4, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub queues: u16,
+    /// Threads that serve the queues (default: as many as cores, at most 4)
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub threads: Option<u16>,
+    /// Serial number that the guest sees, at most 20 characters (default: the volume's name)
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<String>,
 }
 
 /// Commands on the cluster.
@@ -255,6 +328,8 @@ mod tests {
             "spline volume create disk0 1X",
             "spline volume create disk0 1G --block-size 1024",
             "spline nbd export disk0 --socket /a --tcp 127.0.0.1:1",
+            "spline vhost export disk0 --queues 17",
+            "spline vhost export disk0 --queues 0",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

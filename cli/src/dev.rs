@@ -15,7 +15,7 @@ pub mod state;
 use crate::args;
 use crate::mds::MdsClient;
 use crate::nbd_client::NbdAddress;
-use crate::nebd::NebdSpec;
+use crate::nebd::{Listen, NebdSpec};
 use crate::output::Output;
 use anyhow::Context;
 use exports::Exports;
@@ -62,18 +62,20 @@ fn serve(
 ) -> anyhow::Result<()> {
     let (name, size) = if wanted.check { CHECK_VOLUME } else { FIRST_VOLUME };
     runtime.block_on(ready_volume(dir, name, size))?;
+    let address = NbdAddress::Unix(dir.export_socket(name)?);
     let spec = NebdSpec {
         volume: name.to_owned(),
         gateway: dir.gateway_socket(),
-        listen: NbdAddress::Unix(dir.export_socket(name)?),
+        listen: Listen::Nbd(address.clone()),
         read_only: false,
         force: false,
+        user: None,
         runtime_dir: dir.runtime_dir(),
         log: dir.nebd_log(name),
     };
     let exports = Exports::start(vec![spec.clone()], START_LIMIT)?;
     let outcome = match wanted.check {
-        true => check::run(dir, &spec, output),
+        true => check::run(dir, &spec, &address, output),
         false => {
             output.print(&instructions::facts(dir, &spec, began.elapsed()), instructions::human)?;
             until()

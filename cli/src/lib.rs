@@ -3,17 +3,19 @@
 //! Knows: the control plane's calls, nebd's flags and status files, NBD enough to verify an export, the libraries of
 //! the other processes (for `dev` only). Must never know: the data plane, raft, formats on disk.
 //!
-//! Modules in the order in which a command meets them: [`args`] → [`volume`], [`nbd`], [`cluster`], [`dev`] →
-//! [`mds`], [`nebd`], [`nbd_client`] → [`output`].
+//! Modules in the order in which a command meets them: [`args`] → [`volume`], [`nbd`], [`vhost`], [`cluster`],
+//! [`dev`] → [`mds`], [`export`], [`nebd`], [`nbd_client`] → [`output`].
 
 pub mod args;
 pub mod cluster;
 pub mod dev;
+pub mod export;
 pub mod mds;
 pub mod nbd;
 pub mod nbd_client;
 pub mod nebd;
 pub mod output;
+pub mod vhost;
 pub mod volume;
 
 use clap::{CommandFactory, Parser};
@@ -39,6 +41,7 @@ fn run(cli: args::Cli, output: Output) -> anyhow::Result<()> {
         args::Command::Volume(command) => block_on(volume::run(command, &cli.global.mds, output)),
         args::Command::Cluster(command) => block_on(cluster::run(command, &cli.global.mds, output)),
         args::Command::Nbd(command) => nbd::run(command, output),
+        args::Command::Vhost(command) => vhost::run(command, output),
         args::Command::Dev(wanted) => dev::run(&wanted, output),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "spline", &mut std::io::stdout());

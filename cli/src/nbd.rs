@@ -2,15 +2,13 @@
 //!
 //! Called by `main`. Must not know the NBD protocol or nebd's flags.
 
-pub mod status;
-
 use crate::args;
 use crate::export;
 use crate::nbd_client::NbdAddress;
 use crate::nebd::Listen;
+use crate::nebd::status::{self, Kind};
 use crate::output::Output;
 use serde::Serialize;
-use status::Kind;
 use std::path::PathBuf;
 
 /// What `nbd export` prints.

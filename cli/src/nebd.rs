@@ -1,9 +1,14 @@
 //! Starting `spline-nebd` as a process of its own, and waiting until it serves.
 //!
-//! Called by `nbd export` and by `dev`. Knows: nebd's flags. Must not know: links, sessions, the cluster.
+//! Called by `export` and by `dev`. Knows: nebd's flags and its [`status`] files. Must not know: links, sessions, the
+//! cluster.
+
+pub mod status;
 
 use crate::nbd_client::{NbdAddress, NbdClient, NbdError};
 use anyhow::{Context, bail};
+use status::Kind;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -23,16 +28,68 @@ pub struct NebdSpec {
     pub volume: String,
     /// Link socket of the gateway.
     pub gateway: PathBuf,
-    /// Where NBD clients connect.
-    pub listen: NbdAddress,
+    /// Who it listens to.
+    pub listen: Listen,
     /// Refuse writes.
     pub read_only: bool,
     /// Take the volume from another gateway.
     pub force: bool,
+    /// User that the process becomes.
+    pub user: Option<String>,
     /// Directory of the status files.
     pub runtime_dir: PathBuf,
     /// Where its log goes.
     pub log: PathBuf,
+}
+
+/// Who a nebd listens to.
+#[derive(Clone, Debug)]
+pub enum Listen {
+    /// NBD clients.
+    Nbd(NbdAddress),
+    /// A virtual machine.
+    Vhost(VhostDevice),
+}
+
+/// A vhost-user-blk device.
+#[derive(Clone, Debug)]
+pub struct VhostDevice {
+    /// Where QEMU connects.
+    pub socket: PathBuf,
+    /// Queues that the guest may use.
+    pub queues: u16,
+    /// Threads that serve them; `None`: as nebd sees fit.
+    pub threads: Option<u16>,
+    /// Its serial number; `None`: the volume's name.
+    pub serial: Option<String>,
+}
+
+impl Listen {
+    fn flags(&self, command: &mut Command) {
+        match self {
+            Self::Nbd(NbdAddress::Unix(path)) => _ = command.arg("--listen-unix").arg(path),
+            Self::Nbd(NbdAddress::Tcp(address)) => _ = command.arg("--listen-tcp").arg(address.to_string()),
+            Self::Vhost(device) => {
+                command.arg("--vhost-socket").arg(&device.socket);
+                command.arg("--vhost-queues").arg(device.queues.to_string());
+                if let Some(threads) = device.threads {
+                    command.arg("--vhost-threads").arg(threads.to_string());
+                }
+                if let Some(serial) = &device.serial {
+                    command.arg("--serial").arg(serial);
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nbd(address) => address.fmt(f),
+            Self::Vhost(device) => write!(f, "{}", device.socket.display()),
+        }
+    }
 }
 
 impl NebdSpec {
@@ -48,22 +105,22 @@ impl NebdSpec {
         let mut command = Command::new(&binary);
         command.arg("--volume").arg(&self.volume);
         command.arg("--gateway-socket").arg(&self.gateway);
-        match &self.listen {
-            NbdAddress::Unix(path) => command.arg("--listen-unix").arg(path),
-            NbdAddress::Tcp(address) => command.arg("--listen-tcp").arg(address.to_string()),
-        };
+        self.listen.flags(&mut command);
         if self.read_only {
             command.arg("--read-only");
         }
         if self.force {
             command.arg("--force");
         }
+        if let Some(user) = &self.user {
+            command.arg("--user").arg(user);
+        }
         command.arg("--runtime-dir").arg(&self.runtime_dir);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         command.spawn().with_context(|| format!("can not start nebd: path={}", binary.display()))
     }
 
-    /// Waits until the export answers a handshake; gives up when `child` ends or `limit` has passed.
+    /// Waits until the export serves; gives up when `child` ends or `limit` has passed.
     ///
     /// # Errors
     /// Why it does not serve, with the end of its log.
@@ -75,32 +132,44 @@ impl NebdSpec {
             }
             match self.probe(deadline.saturating_duration_since(Instant::now()).max(TRY_EVERY)) {
                 Ok(()) => return Ok(()),
-                Err(error @ NbdError::Refused { .. }) => return Err(error.into()),
+                Err(error) if matches!(error.downcast_ref(), Some(NbdError::Refused { .. })) => {
+                    return Err(error);
+                }
                 Err(error) if Instant::now() >= deadline => {
-                    return Err(error).with_context(|| {
-                        format!(
-                            "nebd does not serve, does the gateway run? log={}\n{}",
-                            self.log.display(),
-                            tail(&self.log)
-                        )
-                    });
+                    return Err(error.context(format!(
+                        "nebd does not serve, does the gateway run? log={}\n{}",
+                        self.log.display(),
+                        tail(&self.log)
+                    )));
                 }
                 Err(_) => std::thread::sleep(TRY_EVERY),
             }
         }
     }
 
-    /// Enters the export once.
+    /// Whether the export serves. NBD clients may come in any number, so one is tried; a device has room for one guest only, so
+    /// its status file is asked.
     ///
     /// # Errors
-    /// See [`NbdError`].
-    pub fn probe(&self, timeout: Duration) -> Result<(), NbdError> {
-        NbdClient::connect(&self.listen, &self.volume, timeout)?.disconnect()
+    /// Why it does not; an [`NbdError`] of an NBD export.
+    pub fn probe(&self, timeout: Duration) -> anyhow::Result<()> {
+        match &self.listen {
+            Listen::Nbd(address) => Ok(NbdClient::connect(address, &self.volume, timeout)?.disconnect()?),
+            Listen::Vhost(_) => {
+                let mut exports = status::read_all(&self.runtime_dir, Kind::Vhost)?.into_iter();
+                let serves = exports.any(|export| export.alive && export.volume == self.volume);
+                anyhow::ensure!(serves, "no status file of a living process: volume={}", self.volume);
+                Ok(())
+            }
+        }
     }
 
-    /// The NBD URI of the export.
-    pub fn uri(&self) -> String {
-        self.listen.uri(&self.volume)
+    /// Where it is found: an NBD URI, or the path of a socket.
+    pub fn place(&self) -> String {
+        match &self.listen {
+            Listen::Nbd(address) => address.uri(&self.volume),
+            Listen::Vhost(_) => self.listen.to_string(),
+        }
     }
 }
 

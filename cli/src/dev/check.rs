@@ -4,7 +4,7 @@
 //! that is how a restart is verified.
 
 use super::state::DevDir;
-use crate::nbd_client::NbdClient;
+use crate::nbd_client::{NbdAddress, NbdClient};
 use crate::nebd::NebdSpec;
 use crate::output::{Output, unix_ms};
 use anyhow::{Context, ensure};
@@ -33,12 +33,12 @@ struct Report {
     done: Vec<String>,
 }
 
-/// Checks the export of `spec` and prints what it did.
+/// Checks the export of `spec`, which listens at `address`, and prints what it did.
 ///
 /// # Errors
 /// What did not read back as written, or what request failed.
-pub fn run(dir: &DevDir, spec: &NebdSpec, output: Output) -> anyhow::Result<()> {
-    let mut client = NbdClient::connect(&spec.listen, &spec.volume, REQUEST_LIMIT)?;
+pub fn run(dir: &DevDir, spec: &NebdSpec, address: &NbdAddress, output: Output) -> anyhow::Result<()> {
+    let mut client = NbdClient::connect(address, &spec.volume, REQUEST_LIMIT)?;
     let seed = unix_ms();
     let mut done = Vec::new();
     if let Some(earlier) = dir.state().checked {
@@ -52,13 +52,13 @@ pub fn run(dir: &DevDir, spec: &NebdSpec, output: Output) -> anyhow::Result<()> 
     client.flush()?;
     client.disconnect()?;
 
-    let mut again = NbdClient::connect(&spec.listen, &spec.volume, REQUEST_LIMIT)?;
+    let mut again = NbdClient::connect(address, &spec.volume, REQUEST_LIMIT)?;
     verify(&mut again, KEPT.0, &pattern(seed, KEPT.0, KEPT.1)).context("after a new connection")?;
     done.push(format!("wrote, flushed, connected anew and read back: bytes={}", KEPT.1));
     let volume_bytes = again.size();
     again.disconnect()?;
     dir.remember_check(seed)?;
-    let report = Report { uri: spec.uri(), volume_bytes, done };
+    let report = Report { uri: spec.place(), volume_bytes, done };
     output.print(&report, |report| {
         let size = ByteSize(report.volume_bytes);
         let mut text = format!("checking {} ({size})\n", report.uri);

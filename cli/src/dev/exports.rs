@@ -2,7 +2,7 @@
 //!
 //! Called by `dev`. One thread owns all of them. Must not know what nebd does.
 
-use crate::nbd::status;
+use crate::nebd::status;
 use crate::nebd::{self, NebdSpec};
 use anyhow::Context;
 use std::process::Child;

@@ -34,7 +34,7 @@ pub struct Facts {
 pub fn facts(dir: &DevDir, spec: &NebdSpec, took: Duration) -> Facts {
     let state = dir.state();
     Facts {
-        uri: spec.uri(),
+        uri: spec.place(),
         volume: spec.volume.clone(),
         mds: state.mds,
         gateway: spec.gateway.clone(),

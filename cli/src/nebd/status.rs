@@ -1,6 +1,6 @@
 //! The status files that nebd processes leave in `<runtime_dir>/nebd/`: `<name>.json`, or `<name>.vhost.json`.
 //!
-//! Called by `nbd ls`, `vhost ls` and `dev`. Foreign input: a file that does not parse is skipped with a warning, and an empty
+//! Called by `export`, `nbd`, `vhost` and `dev`. Foreign input: a file that does not parse is skipped with a warning, and an empty
 //! one without: its export does not serve yet, or no longer.
 
 use anyhow::Context;
