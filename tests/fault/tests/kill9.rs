@@ -3,10 +3,8 @@
 
 use anyhow::Context;
 use spline_fault::history::History;
-use spline_fault::rounds;
-use spline_fault::stalls::Stalls;
 use spline_fault::workload::{BLOCKS, EXPORT_BYTES, Workload, verify};
-use spline_harness::{Cluster, Export, Rig};
+use spline_harness::{Cluster, Export, Rig, Stalls, rounds};
 use std::io::Write;
 
 /// Answers to see before a fault and after it.

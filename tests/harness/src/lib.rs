@@ -7,19 +7,24 @@
 //! Modules in the order in which a test meets them: [`rig`] → [`cluster`] or [`dev`] → [`export`] → [`process`] → [`binaries`],
 //! [`ports`]; [`proxy`] holds messages back, [`small_disk`] can be filled, [`metrics`] are read, [`nbd`] speaks to exports,
 //! [`tool`] runs foreign clients, [`wait`] waits. [`vhost`] starts a nebd for a guest, [`storage_daemon`] what it is compared with,
-//! [`virtio`] is the guest's driver.
+//! [`virtio`] is the guest's driver; [`guest`] is a whole guest, [`qmp`] its machine. [`stalls`] tells how long clients waited,
+//! [`rounds`] how often a test is to be repeated.
 
 pub mod binaries;
 pub mod cluster;
 pub mod dev;
 pub mod export;
+pub mod guest;
 pub mod metrics;
 pub mod nbd;
 pub mod ports;
 pub mod process;
 pub mod proxy;
+pub mod qmp;
 pub mod rig;
+pub mod rounds;
 pub mod small_disk;
+pub mod stalls;
 pub mod storage_daemon;
 pub mod tool;
 pub mod vhost;
@@ -29,8 +34,12 @@ pub mod wait;
 pub use cluster::{Cluster, Shape};
 pub use dev::{DEV_LIMIT, Dev};
 pub use export::Export;
+pub use guest::Guest;
 pub use process::Process;
+pub use qmp::Qmp;
 pub use rig::Rig;
+pub use rounds::rounds;
+pub use stalls::Stalls;
 pub use storage_daemon::StorageDaemon;
 pub use tempfile::tempdir;
 pub use tool::Tool;
