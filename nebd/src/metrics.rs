@@ -54,6 +54,7 @@ pub struct Families {
     stuck: Counters,
     resubmitted: Counters,
     broken_queues: Counters,
+    refused_messages: Counters,
 }
 
 impl Families {
@@ -100,6 +101,12 @@ impl Families {
                 "Virtqueues that made no sense and were not served until their reset",
                 Family::default(),
             ),
+            refused_messages: add(
+                registry,
+                "refused_messages",
+                "Messages of vhost-user front-ends that were answered with an error",
+                Family::default(),
+            ),
         }
     }
 
@@ -127,6 +134,7 @@ impl Families {
             stuck: self.stuck.get_or_create_owned(&owner),
             resubmitted: self.resubmitted.get_or_create_owned(&owner),
             broken_queues: self.broken_queues.get_or_create_owned(&owner),
+            refused_messages: self.refused_messages.get_or_create_owned(&owner),
             owner,
         }
     }
@@ -170,6 +178,8 @@ pub struct Metrics {
     pub resubmitted: Counter,
     /// Virtqueues that made no sense.
     pub broken_queues: Counter,
+    /// Messages of vhost-user front-ends that were answered with an error.
+    pub refused_messages: Counter,
 }
 
 const OPS: [BlockOp; 7] = [

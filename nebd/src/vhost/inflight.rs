@@ -13,7 +13,7 @@ pub mod track;
 pub use track::{RecordError, Recovered, Track};
 
 use super::memory::{MapError, Mapping};
-use super::queue::QUEUE_SIZE_MAX;
+use crate::config::{QUEUE_SIZE_MAX, QUEUES_MAX};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -22,8 +22,6 @@ use std::sync::atomic::Ordering;
 use thiserror::Error;
 use track::Cells;
 
-/// Most queues of an export.
-pub const QUEUES_MAX: u16 = 16;
 /// Where the parts of queues start, a multiple of: as libvhost-user has it.
 const ALIGN: u64 = 64;
 /// Bytes before the first descriptor of a queue's part.

@@ -19,8 +19,6 @@ pub const HEADER_BYTES: usize = 12;
 pub const PAYLOAD_BYTES_MAX: u32 = 4096;
 /// Most descriptors of one message: what front-ends send with a memory table (8 in QEMU) and more.
 pub const DESCRIPTORS_MAX: usize = 32;
-/// Longest config space that a front-end may ask for, bytes (VHOST_USER_MAX_CONFIG_SIZE).
-pub const CONFIG_BYTES_MAX: u32 = 256;
 
 /// Version in every header; newest first.
 ///
@@ -421,9 +419,6 @@ impl Fields<'_> {
 
     fn config(&mut self) -> Result<(u32, u32, u32), MessageError> {
         let (offset, bytes, flags) = (self.u32()?, self.u32()?, self.u32()?);
-        if offset.checked_add(bytes).is_none_or(|end| end > CONFIG_BYTES_MAX) {
-            return Err(self.field("offset_and_size", u64::from(offset) << 32 | u64::from(bytes)));
-        }
         if self.payload.len() - self.at != bytes as usize {
             return Err(self.size());
         }

@@ -10,7 +10,7 @@ use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
-/// Mappings guarded at a time: two whole memory tables of 509 regions for each of four exports, and small change. A table that
+/// Mappings guarded at a time: several whole memory tables of 509 regions, or many of the few regions that guests have. A table that
 /// is still in use by requests while new ones come takes its places until they end, so this bounds them too (`bounded`).
 const SLOTS: usize = 4096;
 

@@ -1,0 +1,95 @@
+//! What a front-end has said of one queue.
+//!
+//! Owned by `device`. Must not know: other queues.
+
+use super::Refusal;
+use crate::vhost::config;
+use crate::vhost::inflight::QueueRecord;
+use crate::vhost::memory::GuestMemory;
+use crate::vhost::message::QueueAddresses;
+use crate::vhost::order::{Bell, Order, QueueStart, Rings};
+use crate::vhost::queue::find_rings;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Who has the queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Phase {
+    /// Nobody.
+    #[default]
+    Stopped,
+    /// Nobody yet: a worker will, when nothing is left of what was abandoned.
+    Held,
+    /// A worker.
+    Running,
+    /// A worker that is to answer what it has fetched.
+    Stopping,
+}
+
+/// One queue. Its descriptors are here until it starts; then they are the worker's.
+#[derive(Debug, Default)]
+pub struct QueueState {
+    /// Descriptors, a power of two.
+    pub size: Option<u16>,
+    /// Where its rings lie.
+    pub addresses: Option<QueueAddresses>,
+    /// What is fetched next when it starts.
+    pub next_available: u16,
+    /// Told so by SET_VRING_ENABLE.
+    pub enabled: bool,
+    /// Who has it.
+    pub phase: Phase,
+    /// Readable when the guest has work.
+    pub kick: Option<OwnedFd>,
+    /// Notifies the guest.
+    pub call: Option<OwnedFd>,
+    /// Tells the front-end that the queue is broken.
+    pub error: Option<OwnedFd>,
+}
+
+impl QueueState {
+    /// One of its descriptors.
+    pub fn bell(&mut self, bell: Bell) -> &mut Option<OwnedFd> {
+        match bell {
+            Bell::Kick => &mut self.kick,
+            Bell::Call => &mut self.call,
+            Bell::Error => &mut self.error,
+        }
+    }
+
+    /// Its rings in `memory`.
+    ///
+    /// # Errors
+    /// If it is not known where they are, or they are not in the memory.
+    pub fn rings(&self, memory: &Arc<GuestMemory>) -> Result<Rings, Refusal> {
+        let size = self.size.ok_or(Refusal::Early("size"))?;
+        let at = self.addresses.ok_or(Refusal::Early("addresses"))?;
+        if memory.regions().len() == 0 {
+            return Err(Refusal::Early("memory"));
+        }
+        Ok(find_rings(memory, size, (at.descriptors, at.available, at.used), at.used_log)?)
+    }
+
+    /// The order to serve it. Without protocol features nobody can enable a queue, so it is.
+    pub(super) fn start(
+        &mut self,
+        queue: u16,
+        (memory, rings): (Arc<GuestMemory>, Rings),
+        record: Option<QueueRecord>,
+        features: u64,
+    ) -> Order {
+        Order::Start(Box::new(QueueStart {
+            queue,
+            size: self.size.unwrap_or_default(),
+            memory,
+            rings,
+            next_available: self.next_available,
+            features,
+            enabled: self.enabled || features & config::PROTOCOL == 0,
+            kick: self.kick.take(),
+            call: self.call.take(),
+            error: self.error.take(),
+            record,
+        }))
+    }
+}
