@@ -178,7 +178,9 @@ impl Opener for Engines {
                 let opened = tokio::task::spawn_blocking(move || files.open(&path, wanted)).await;
                 let opened =
                     opened.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))?;
-                return Ok(Arc::new(opened?) as Arc<dyn Engine>);
+                let engine = opened?;
+                engine.watch_size();
+                return Ok(Arc::new(engine) as Arc<dyn Engine>);
             }
             match &self.cluster {
                 Some(cluster) => cluster.open(name, wanted).await,

@@ -24,10 +24,12 @@ use overlap::Overlaps;
 use ring::Ring;
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, flock, seek};
 use rustix::io::Errno;
-use spline_types::{BlockOp, BlockRequest, ByteRange, Extent, Fault, Geometry};
+use spline_types::limits::VOLUME_BYTES_MAX;
+use spline_types::{BlockOp, BlockRequest, BlockSize, ByteRange, Extent, Fault, Geometry};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use threads::Threads;
 use tokio::sync::{oneshot, watch};
 
@@ -35,13 +37,13 @@ use tokio::sync::{oneshot, watch};
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 /// Most extents that one status request looks for; each costs two system calls. The rest is asked for again.
 const EXTENTS_MAX: usize = 1024;
+/// How often the size of a file is looked at: files are grown by people, who wait a second.
+const SIZE_PERIOD: Duration = Duration::from_secs(1);
 
 /// A file or block device as a volume.
 pub(crate) struct FileEngine {
     disk: Arc<Disk>,
-    geometry: Geometry,
     traits: EngineTraits,
-    standing: watch::Sender<Standing>,
 }
 
 /// What running requests share.
@@ -52,6 +54,10 @@ struct Disk {
     overlaps: Overlaps,
     buffers: BufferPool,
     device: bool,
+    block_size: BlockSize,
+    /// Bytes; grows only.
+    size: AtomicU64,
+    standing: watch::Sender<Standing>,
     /// A sync has failed.
     poisoned: AtomicBool,
 }
@@ -88,7 +94,7 @@ impl Engine for FileEngine {
     }
 
     fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry { size: self.disk.size.load(Ordering::Acquire), block_size: self.disk.block_size }
     }
 
     fn traits(&self) -> EngineTraits {
@@ -101,7 +107,7 @@ impl Engine for FileEngine {
     }
 
     fn standing(&self) -> watch::Receiver<Standing> {
-        self.standing.subscribe()
+        self.disk.standing.subscribe()
     }
 
     fn execute(
@@ -129,7 +135,37 @@ impl Engine for FileEngine {
     }
 }
 
+impl FileEngine {
+    /// Looks every now and then whether the file has grown, for as long as the engine is there. In a runtime.
+    pub(crate) fn watch_size(&self) {
+        let disk = Arc::downgrade(&self.disk);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(SIZE_PERIOD).await;
+                let Some(disk) = disk.upgrade() else { return };
+                // The next look is the remedy for one that failed.
+                let _ = tokio::task::spawn_blocking(move || disk.look_at_size()).await;
+            }
+        });
+    }
+}
+
 impl Disk {
+    /// Tells whoever asked if the file has grown. One that has shrunk keeps its size, and what lies past its end fails: guests
+    /// can not be told. Blocks.
+    fn look_at_size(&self) {
+        match open::geometry(&self.files.buffered, self.device) {
+            Ok(now) => {
+                let size = now.size.min(VOLUME_BYTES_MAX);
+                if self.size.fetch_max(size, Ordering::AcqRel) < size {
+                    tracing::info!(path = %self.path.display(), size, "file has grown");
+                    self.standing.send_modify(|known| known.size = known.size.max(size));
+                }
+            }
+            Err(error) => tracing::debug!(path = %self.path.display(), %error, "size of a file is not known"),
+        }
+    }
+
     async fn execute(&self, request: BlockRequest, payload: Bytes) -> Result<EngineAnswer, Fault> {
         if self.poisoned.load(Ordering::Acquire) && (request.op.modifies() || request.op == BlockOp::Flush) {
             return Err(Fault::Internal);

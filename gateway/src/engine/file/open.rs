@@ -21,7 +21,7 @@ use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -96,6 +96,9 @@ impl Files {
             overlaps: Overlaps::default(),
             buffers: self.buffers.clone(),
             device: opened.device,
+            block_size: opened.geometry.block_size,
+            size: AtomicU64::new(opened.geometry.size),
+            standing: watch::Sender::new(Standing { size: opened.geometry.size, lost: false }),
             poisoned: AtomicBool::new(false),
         };
         let traits = EngineTraits {
@@ -108,8 +111,7 @@ impl Files {
             run_since: Epoch::new(0),
             on_unavailable: OnUnavailable::Wait,
         };
-        let standing = watch::Sender::new(Standing { size: opened.geometry.size, lost: false });
-        Ok(FileEngine { disk: Arc::new(disk), geometry: opened.geometry, traits, standing })
+        Ok(FileEngine { disk: Arc::new(disk), traits })
     }
 
     fn open_locked(&self, path: &Path, wanted: Wanted) -> Result<Opened, OpenError> {
@@ -219,7 +221,7 @@ fn identity(stat: &Stat, device: bool) -> Option<Identity> {
 }
 
 /// Announced as 512 byte blocks unless the device has larger ones: images are usually made on such disks.
-fn geometry(file: &OwnedFd, device: bool) -> Result<Geometry, Errno> {
+pub(super) fn geometry(file: &OwnedFd, device: bool) -> Result<Geometry, Errno> {
     let block_size = match device && ioctl_blksszget(file)? == BlockSize::B4096.bytes() {
         true => BlockSize::B4096,
         false => BlockSize::B512,

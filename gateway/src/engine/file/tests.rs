@@ -6,7 +6,6 @@ use crate::engine::{OpenError, Wanted};
 use proptest::prelude::*;
 use spline_types::RequestId;
 use std::path::Path;
-use std::time::Duration;
 
 const SIZE: u64 = 4 << 20;
 
@@ -324,5 +323,27 @@ proptest! {
                 assert!(read(&engine, 0, model.len() as u64).await == model, "{way}");
             }
         });
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_grows_is_a_larger_volume_and_one_that_shrinks_is_not_smaller() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for (name, path, engine) in engines(dir.path()) {
+        let mut standing = engine.standing();
+        engine.disk.look_at_size();
+        assert!(!standing.has_changed().expect("is there"), "{name}: nothing has happened");
+        let file = std::fs::File::options().write(true).open(&path).expect("opens");
+        // A tail of less than a block is not counted.
+        file.set_len(2 * SIZE + 100).expect("grows");
+        engine.disk.look_at_size();
+        assert_eq!(standing.borrow_and_update().size, 2 * SIZE, "{name}");
+        assert_eq!(engine.geometry().size, 2 * SIZE, "{name}");
+        write(&engine, 2 * SIZE - 4096, vec![7; 4096]).await;
+        assert_eq!(read(&engine, 2 * SIZE - 4096, 4096).await, [7; 4096], "{name}");
+        file.set_len(SIZE).expect("shrinks");
+        engine.disk.look_at_size();
+        assert!(!standing.has_changed().expect("is there"), "{name}");
+        assert_eq!(engine.geometry().size, 2 * SIZE, "{name}");
     }
 }
