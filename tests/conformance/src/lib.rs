@@ -3,10 +3,12 @@
 //!
 //! One file per behaviour: those that NBD and vhost-user-blk share are in `tests/behaviours/`, each written once against
 //! a [`disk`] and tried on every [`place`]; those that only NBD has lie under `tests/`. One file per bad input:
-//! `tests/bad_input/` for NBD, where [`raw`] speaks byte by byte and [`stage`] watches nebd meanwhile. Must never
-//! know: how Spline works.
+//! `tests/bad_input/` for NBD, where [`raw`] speaks byte by byte and [`stage`] watches nebd meanwhile; `tests/bad_guest/`
+//! and `tests/bad_message/` for vhost-user-blk, where [`guest`] is driver and front-end and [`guest::stage`] watches. Must
+//! never know: how Spline works.
 
 pub mod disk;
+pub mod guest;
 pub mod place;
 pub mod raw;
 pub mod stage;

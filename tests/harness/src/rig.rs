@@ -119,6 +119,19 @@ impl Rig {
         VhostExport::start(self.dir(), &self.gateway_socket(), volume, shown)
     }
 
+    /// As [`Rig::export_to_guest`], from a process that serves another volume over NBD too.
+    ///
+    /// # Errors
+    /// Why it does not serve.
+    pub fn export_to_guest_beside(
+        &self,
+        volume: &str,
+        shown: Shown,
+        neighbour: &str,
+    ) -> anyhow::Result<VhostExport> {
+        VhostExport::start_beside(self.dir(), &self.gateway_socket(), volume, shown, Some(neighbour))
+    }
+
     /// The gateway.
     pub fn gateway(&self) -> &Process {
         match self {

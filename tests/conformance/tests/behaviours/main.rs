@@ -43,6 +43,16 @@ fn nbd_on_a_cluster() -> anyhow::Result<()> {
 }
 
 #[test]
+fn vhost_on_files() -> anyhow::Result<()> {
+    try_all(&Place::ours(Front::Vhost, Rig::file()?), &BEHAVIOURS)
+}
+
+#[test]
+fn vhost_on_a_cluster() -> anyhow::Result<()> {
+    try_all(&Place::ours(Front::Vhost, Rig::cluster()?), &BEHAVIOURS)
+}
+
+#[test]
 fn vhost_of_qemu_storage_daemon() -> anyhow::Result<()> {
     let dir = tempdir()?;
     try_all(&Place::storage_daemon(dir.path()), &BEHAVIOURS)
