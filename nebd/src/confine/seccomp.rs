@@ -199,8 +199,8 @@ fn known() -> anyhow::Result<BpfProgram> {
         (
             libc::SYS_ioctl,
             vec![
-                only_if(1, SeccompCmpOp::Eq, libc::TIOCSTI as u64)?,
-                only_if(1, SeccompCmpOp::Eq, libc::TIOCLINUX as u64)?,
+                only_if(1, SeccompCmpOp::Eq, libc::TIOCSTI)?,
+                only_if(1, SeccompCmpOp::Eq, libc::TIOCLINUX)?,
             ],
         ),
     ];
