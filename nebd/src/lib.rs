@@ -125,8 +125,8 @@ impl Nebd {
         if let (Some(nbd), Some(doors)) = (&export.nbd, doors.nbd) {
             running.push(Self::spawn_nbd(export.clone(), nbd.clone(), doors, families)?);
         }
-        if export.vhost.is_some() {
-            anyhow::bail!("vhost_socket is not served yet: volume={}", export.volume);
+        if let (Some(device), Some(doors)) = (&export.vhost, doors.vhost) {
+            running.push(vhost::spawn(export, device.clone(), doors, families)?);
         }
         Ok(running)
     }
