@@ -366,6 +366,12 @@ impl Queue {
         self.used = self.used.wrapping_add(1);
     }
 
+    /// A chain that nothing can answer is not waited for: its queue is broken.
+    pub fn forget(&mut self, head: u16) {
+        self.in_use[usize::from(head / 64)] &= !(1 << (head % 64));
+        self.open -= 1;
+    }
+
     /// Shows the guest what was used since the last time. Answers whether it wants to be notified.
     pub fn publish(&mut self) -> bool {
         if self.used == self.published {

@@ -457,11 +457,12 @@ impl Worker {
 
     /// Admits a chain that was fetched, or answers it at once.
     fn take(&mut self, number: u16, served: &mut Served, chain: &mut Chain) -> Result<(), QueueError> {
-        if served.queue.memory().is_damaged() {
-            return Err(QueueError::Truncated);
-        }
         let memory = Arc::clone(served.queue.memory());
-        let (wish, status) = understand(chain, &memory, &self.setup.export, served.writethrough)?;
+        let understood = match memory.is_damaged() {
+            true => Err(QueueError::Truncated),
+            false => understand(chain, &memory, &self.setup.export, served.writethrough),
+        };
+        let (wish, status) = understood.inspect_err(|_| served.queue.forget(chain.head))?;
         let (written, outcome) = match wish {
             Wish::Block { op, range, fua } if !self.lost => {
                 let mut data = self.spare.pop().unwrap_or_default();

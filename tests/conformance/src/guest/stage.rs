@@ -3,7 +3,7 @@
 //!
 //! Called by the tests of bad guests and bad messages. Must never know: what is bad about a guest.
 
-use super::{Guest, Setup};
+use super::{Guest, OK, Piece, Setup, header, kind};
 use crate::raw;
 use crate::{MIB, pattern};
 use anyhow::{Context, bail, ensure};
@@ -61,10 +61,12 @@ pub fn play_as(shown: Shown, test: impl FnOnce(&mut Stage) -> anyhow::Result<()>
     let export = rig.export_to_guest_beside(&disk, shown, &other)?;
     let mut stage = Stage { rig, export };
     let other = stage.export.neighbour.clone().context("a neighbour was asked for")?;
-    let mut witness = nbd::Connection::open(&other.socket, &other.volume, LIMIT)?;
+    let mut witness = wait_until("the neighbour to be served", LIMIT, || {
+        nbd::Connection::open(&other.socket, &other.volume, LIMIT).map(Some)
+    })?;
     (0..2).try_for_each(|round| work(&mut witness, round))?;
-    stage.works(shown.read_only)?;
-    stage.works(shown.read_only)?;
+    // Every thread of nebd has its link when each queue was used.
+    (0..2).try_for_each(|_| stage.warm_up(shown))?;
     let (held, memory) = (stage.settled()?, stage.own_kib()?);
     let (stop, stopped) = mpsc::channel::<()>();
     let neighbour = std::thread::spawn(move || -> anyhow::Result<()> {
@@ -113,6 +115,16 @@ impl Stage {
         self.rig.gateway()
     }
 
+    /// A guest that uses all queues.
+    fn warm_up(&self, shown: Shown) -> anyhow::Result<()> {
+        let mut guest = self.guest_as(Setup { queues: shown.queues, ..Setup::default() })?;
+        let read = [Piece::Out(header(kind::IN, 0)), Piece::In(512), Piece::In(1)];
+        for queue in 0..usize::from(shown.queues) {
+            ensure!(guest.status(queue, &read)? == OK, "queue={queue}");
+        }
+        Ok(())
+    }
+
     /// A guest as it should be is served.
     ///
     /// # Errors
@@ -157,8 +169,9 @@ impl Stage {
         let mut guest = self.guest_as(setup)?;
         wrong(&mut guest)?;
         guest.broken(0)?;
-        let now = self.export.metric("spline_nebd_broken_queues")?;
-        ensure!(now > counted, "a broken queue was not counted: before={counted} now={now}");
+        wait_until("a broken queue to be counted", LIMIT, || {
+            Ok((self.export.metric("spline_nebd_broken_queues")? > counted).then_some(()))
+        })?;
         guest.mend(0)
     }
 
