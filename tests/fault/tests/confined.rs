@@ -4,7 +4,7 @@
 use anyhow::{Context, ensure};
 use spline_fault::workload::RECOVERY_LIMIT;
 use spline_harness::nbd::{Connection, Kind};
-use spline_harness::{Process, Rig, binaries, metrics, ports, wait_until};
+use spline_harness::{Process, Rig, binaries, metrics, ports, vhost, wait_until};
 use std::fs::Permissions;
 use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -27,6 +27,7 @@ fn start(
         ("--volume", volume.into()),
         ("--gateway-socket", dir.join("gateway.sock").into_os_string()),
         ("--listen-unix", socket.clone().into_os_string()),
+        ("--vhost-socket", dir.join("device.sock").into_os_string()),
         ("--runtime-dir", dir.join("run").into_os_string()),
         ("--metrics-listen", metrics.to_string().into()),
     ];
@@ -38,6 +39,8 @@ fn start(
         nebd.assert_running()?;
         Connection::open(&socket, "", Duration::from_secs(10)).map(Some)
     })?;
+    // Its threads are there then, too.
+    wait_until("the device to serve", RECOVERY_LIMIT, || vhost::answers(&dir.join("device.sock")).map(Some))?;
     Ok((nebd, client, socket, metrics))
 }
 
@@ -78,7 +81,10 @@ fn a_nebd_that_serves_has_given_up_what_it_does_not_need() -> anyhow::Result<()>
     ensure!(layer(metrics, "landlock")? == 1.0 && layer(metrics, "seccomp")? == 1.0);
     ensure!(layer(metrics, "user")? == 0.0);
     nebd.terminate(RECOVERY_LIMIT)?;
-    ensure!(!socket.exists(), "it may still remove what is its own");
+    ensure!(
+        !socket.exists() && !rig.dir().join("device.sock").exists(),
+        "it may still remove what is its own"
+    );
     ensure!(std::fs::read_dir(rig.dir().join("run/nebd"))?.count() == 0);
 
     let (nebd, _client, _socket, metrics) = start(rig.dir(), &volume, &["--no-confine"])?;
@@ -98,7 +104,7 @@ fn a_nebd_that_became_another_user_serves_on_when_its_gateway_is_replaced() -> a
     // As a host would be set up: what is made here belongs to the group that nebd's user is in.
     chown(&dir, None, Some(NOBODY))?;
     std::fs::set_permissions(&dir, Permissions::from_mode(0o2775))?;
-    let Rig::File { gateway, .. } = &mut rig else { anyhow::bail!("a gateway on files was asked for") };
+    let gateway = rig.gateway_mut();
     // The number alone may be given out again.
     let made = || {
         let file = std::fs::metadata(dir.join("gateway.sock"))?;

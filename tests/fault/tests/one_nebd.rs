@@ -3,6 +3,7 @@
 use anyhow::{Context, ensure};
 use spline_fault::workload::RECOVERY_LIMIT;
 use spline_harness::nbd::{Connection, Kind};
+use spline_harness::virtio::{Answered, VirtioDisk, Wish};
 use spline_harness::{Process, Rig, Tool, binaries, metrics, ports, wait_until};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -98,6 +99,42 @@ fn a_client_that_misbehaves_is_its_own_export_s_affair() -> anyhow::Result<()> {
     ensure!(shared.count("protocol_errors", &good)? == 0.0);
     // Twenty rounds of two, and nothing of the other volume's reads.
     ensure!(shared.count("requests", &good)? == 40.0, "{}", metrics::page(shared.metrics)?);
+    Ok(())
+}
+
+#[test]
+fn one_volume_is_seen_both_ways_and_a_client_does_not_hold_up_the_device() -> anyhow::Result<()> {
+    let rig = Rig::file()?;
+    let disk = rig.create("disk", SIZE)?;
+    let mut shared = Shared::new(&rig, "shared", &[&disk])?;
+    let socket = rig.dir().join("device.sock");
+    let more = format!("vhost_socket = {socket:?}\nvhost_queues = 2\n");
+    std::fs::File::options().append(true).open(&shared.config)?.write_all(more.as_bytes())?;
+    shared.nebd.start()?;
+    let mut client = shared.connect(0)?;
+    wait_until("the device to serve", RECOVERY_LIMIT, || spline_harness::vhost::answers(&socket).map(Some))?;
+    let wish = Wish { queues: 2, queue_size: 16, read_only: false, memory: 1 << 20 };
+    let mut device = VirtioDisk::open(&socket, wish)?;
+    // All that the clients of an export may hold.
+    let (mut sender, _receiver) = shared.connect(0)?.split()?;
+    for cookie in 0..200 {
+        sender.send(Kind::Read, cookie, 0, 1 << 20, &[])?;
+    }
+    for (fill, queue) in [(1, 0), (2, 1), (3, 0), (4, 1)] {
+        device.fill(0, &[fill; BLOCK as usize])?;
+        let slot = device.slot(0, &[BLOCK as usize])?;
+        device.write(queue, 0, &slot, 7);
+        let mut answers = Vec::new();
+        device.reap(queue, 1, RECOVERY_LIMIT, &mut answers)?;
+        ensure!(answers == [Answered { tag: 7, result: 0 }], "{answers:?}");
+        ensure!(client.succeed(Kind::Read, 0, BLOCK, &[])? == vec![fill; BLOCK as usize]);
+    }
+    ensure!(written(rig.dir())?.len() == 2, "one file for each way: {:?}", written(rig.dir())?);
+    let by_thread = |thread| shared.count("requests", &format!("{disk}\",thread=\"{thread}"));
+    ensure!(by_thread("vhost-0")? + by_thread("vhost-1")? == 4.0, "{}", metrics::page(shared.metrics)?);
+    drop(device);
+    shared.nebd.terminate(RECOVERY_LIMIT)?;
+    ensure!(!socket.exists() && written(rig.dir())?.is_empty());
     Ok(())
 }
 
