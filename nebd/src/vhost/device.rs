@@ -10,7 +10,7 @@ pub mod refusal;
 pub use refusal::Refusal;
 
 use super::config::{self, ConfigSpace};
-use super::inflight::InflightRegion;
+use super::inflight::{InflightRegion, QueueRecord};
 use super::memory::{DirtyLog, GuestMemory, REGIONS_MAX};
 use super::message::{Body, Header, InflightPlace, QueueAddresses, QueueNumber, Reply, Request};
 use super::order::{Bell, Order};
@@ -187,7 +187,8 @@ impl Device {
         }
     }
 
-    /// Takes over another memory, with the log if everything is to be logged. Queues that are served must lie in it.
+    /// Takes over another memory, with the log if everything is to be logged. Queues that are served move to where their rings
+    /// are now.
     fn remap(&mut self, memory: GuestMemory) -> Result<Turn, Refusal> {
         let log = self.log.clone().filter(|_| self.features & config::LOG_ALL != 0);
         if let Some(log) = &log
@@ -196,16 +197,20 @@ impl Device {
             return Err(Refusal::LogSize(memory.guest_end()));
         }
         let memory = Arc::new(memory.with_log(log));
-        let mut rings = Vec::new();
-        for (number, queue) in (0..).zip(&self.queues) {
-            match queue.phase {
-                Phase::Stopped => {}
-                Phase::Held => drop(queue.rings(&memory)?),
-                Phase::Running | Phase::Stopping => rings.push((number, queue.rings(&memory)?)),
+        let mut moved = Vec::new();
+        for (number, queue) in (0..).zip(&mut self.queues) {
+            if queue.phase == Phase::Stopped {
+                continue;
+            }
+            if let Ok(found) = queue.find(&memory) {
+                queue.rings = Some(found);
+            }
+            if let Some(rings) = queue.rings.clone().filter(|_| queue.phase != Phase::Held) {
+                moved.push((number, rings));
             }
         }
         self.memory = Arc::clone(&memory);
-        let orders = if rings.is_empty() { Vec::new() } else { vec![Order::Memory { memory, rings }] };
+        let orders = if moved.is_empty() { Vec::new() } else { vec![Order::Memory { memory, rings: moved }] };
         Ok(Turn { orders, ..Turn::default() })
     }
 
@@ -262,12 +267,13 @@ impl Device {
             return Ok(Turn::default());
         }
         // While a queue is served this switches logging of its used ring.
-        match state.rings(&memory) {
-            Ok(rings) if state.phase != Phase::Held => Ok(Turn {
-                orders: vec![Order::Memory { memory, rings: vec![(number, rings)] }],
-                ..Turn::default()
-            }),
-            Ok(_) => Ok(Turn::default()),
+        match state.find(&memory) {
+            Ok(rings) => {
+                state.rings = Some(rings.clone());
+                let order = Order::Memory { memory, rings: vec![(number, rings)] };
+                let orders = if state.phase == Phase::Held { Vec::new() } else { vec![order] };
+                Ok(Turn { orders, ..Turn::default() })
+            }
             Err(refusal) => {
                 state.addresses = before;
                 Err(refusal)
@@ -288,43 +294,39 @@ impl Device {
 
     /// The front-end's kick is what starts a queue.
     fn kick(&mut self, queue: u32, fd: Option<OwnedFd>) -> Result<Turn, Refusal> {
-        let held = self.held;
+        let memory = Arc::clone(&self.memory);
         let (number, state) = self.queue(queue)?;
         if state.phase != Phase::Stopped {
             return self.set_bell(queue, Bell::Kick, fd);
         }
-        state.kick = fd;
-        let started = self.start(number);
+        let rings = state.find(&memory)?;
+        self.record(number)?;
         let state = &mut self.queues[usize::from(number)];
-        match started {
-            Ok(_) if held => {
-                state.phase = Phase::Held;
-                Ok(Turn::default())
-            }
-            Ok(order) => {
-                state.phase = Phase::Running;
-                Ok(Turn { orders: vec![order(state)], ..Turn::default() })
-            }
-            Err(refusal) => {
-                state.kick = None;
-                Err(refusal)
-            }
-        }
+        (state.kick, state.rings, state.phase) = (fd, Some(rings), Phase::Held);
+        let orders = if self.held { Vec::new() } else { self.start_held()? };
+        Ok(Turn { orders, ..Turn::default() })
     }
 
-    /// Whether a queue can be started; answers what makes the order, which takes the queue's descriptors.
-    fn start(&self, number: u16) -> Result<impl FnOnce(&mut QueueState) -> Order + use<>, Refusal> {
-        let state = &self.queues[usize::from(number)];
-        let rings = state.rings(&self.memory)?;
-        let size = state.size.ok_or(Refusal::Early("size"))?;
-        let record = match &self.inflight {
-            Some(region) => {
-                Some(region.queue(number, size).ok_or(Refusal::InflightShape { queue: number, size })?)
+    /// What keeps a queue's unanswered heads, if the front-end has brought something for that.
+    fn record(&self, queue: u16) -> Result<Option<QueueRecord>, Refusal> {
+        let size = self.queues[usize::from(queue)].size.unwrap_or_default();
+        let Some(region) = &self.inflight else { return Ok(None) };
+        region.queue(queue, size).map(Some).ok_or(Refusal::InflightShape { queue, size })
+    }
+
+    fn start_held(&mut self) -> Result<Vec<Order>, Refusal> {
+        let mut orders = Vec::new();
+        for number in 0..self.shape.queues {
+            let record = match self.queues[usize::from(number)].phase {
+                Phase::Held => self.record(number)?,
+                _ => continue,
+            };
+            let state = &mut self.queues[usize::from(number)];
+            if let Some(rings) = state.rings.clone() {
+                orders.push(state.start(number, (Arc::clone(&self.memory), rings), record, self.features));
             }
-            None => None,
-        };
-        let (memory, features) = (Arc::clone(&self.memory), self.features);
-        Ok(move |state: &mut QueueState| state.start(number, (memory, rings), record, features))
+        }
+        Ok(orders)
     }
 
     fn enable(&mut self, queue: u32, enabled: bool) -> Result<Turn, Refusal> {
@@ -346,7 +348,7 @@ impl Device {
             }
             Phase::Stopping => Err(Refusal::Serving("base")),
             Phase::Held | Phase::Stopped => {
-                state.phase = Phase::Stopped;
+                (state.phase, state.rings) = (Phase::Stopped, None);
                 Ok(Turn { reply: Some(Reply::base(queue, state.next_available)), ..Turn::default() })
             }
         }
@@ -355,7 +357,7 @@ impl Device {
     /// A worker has stopped a queue, and everything that it fetched is answered.
     pub fn drained(&mut self, queue: u16, next_available: u16) -> Option<Reply> {
         let state = self.queues.get_mut(usize::from(queue)).filter(|state| state.phase == Phase::Stopping)?;
-        state.phase = Phase::Stopped;
+        (state.phase, state.rings) = (Phase::Stopped, None);
         state.next_available = next_available;
         Some(Reply::base(queue.into(), next_available))
     }
@@ -377,16 +379,7 @@ impl Device {
     /// If one of them can not be started any more: the connection is to be closed.
     pub fn release(&mut self) -> Result<Vec<Order>, Refusal> {
         self.held = false;
-        let mut orders = Vec::new();
-        for number in 0..self.shape.queues {
-            if self.queues[usize::from(number)].phase == Phase::Held {
-                let order = self.start(number)?;
-                let state = &mut self.queues[usize::from(number)];
-                state.phase = Phase::Running;
-                orders.push(order(state));
-            }
-        }
-        Ok(orders)
+        self.start_held()
     }
 
     /// Ends every queue that is served once what it fetched is answered, because this process ends.

@@ -39,6 +39,9 @@ pub struct QueueState {
     pub enabled: bool,
     /// Who has it.
     pub phase: Phase,
+    /// Its rings while it is not stopped. A front-end that re-arranges its memory may take a region away before it brings it
+    /// again, so they stay where they were until they are found elsewhere.
+    pub rings: Option<Rings>,
     /// Readable when the guest has work.
     pub kick: Option<OwnedFd>,
     /// Notifies the guest.
@@ -57,11 +60,11 @@ impl QueueState {
         }
     }
 
-    /// Its rings in `memory`.
+    /// Looks for its rings in `memory`.
     ///
     /// # Errors
     /// If it is not known where they are, or they are not in the memory.
-    pub fn rings(&self, memory: &Arc<GuestMemory>) -> Result<Rings, Refusal> {
+    pub fn find(&self, memory: &Arc<GuestMemory>) -> Result<Rings, Refusal> {
         let size = self.size.ok_or(Refusal::Early("size"))?;
         let at = self.addresses.ok_or(Refusal::Early("addresses"))?;
         if memory.regions().len() == 0 {
@@ -70,7 +73,7 @@ impl QueueState {
         Ok(find_rings(memory, size, (at.descriptors, at.available, at.used), at.used_log)?)
     }
 
-    /// The order to serve it. Without protocol features nobody can enable a queue, so it is.
+    /// The order to serve it with these `rings`. Without protocol features nobody can enable a queue, so it is.
     pub(super) fn start(
         &mut self,
         queue: u16,
@@ -78,6 +81,7 @@ impl QueueState {
         record: Option<QueueRecord>,
         features: u64,
     ) -> Order {
+        self.phase = Phase::Running;
         Order::Start(Box::new(QueueStart {
             queue,
             size: self.size.unwrap_or_default(),
