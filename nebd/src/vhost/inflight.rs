@@ -72,7 +72,8 @@ const fn part_bytes(queue_size: u16) -> u64 {
 }
 
 fn needed(queues: u16, queue_size: u16) -> Result<u64, InflightError> {
-    if !(1..=QUEUES_MAX).contains(&queues) || !(1..=QUEUE_SIZE_MAX).contains(&queue_size) {
+    let possible = queue_size.is_power_of_two() && queue_size <= QUEUE_SIZE_MAX;
+    if !(1..=QUEUES_MAX).contains(&queues) || !possible {
         return Err(InflightError::Shape { queues, queue_size });
     }
     Ok(part_bytes(queue_size) * u64::from(queues))

@@ -242,7 +242,8 @@ fn a_new_region_keeps_its_size() {
 
 #[test]
 fn impossible_regions_are_refused() {
-    for (queues, size) in [(0, 128), (17, 128), (1, 0), (1, 1025), (u16::MAX, u16::MAX)] {
+    for (queues, size) in [(0, 128), (17, 128), (1, 0), (1, 100), (1, 1025), (1, 2048), (u16::MAX, u16::MAX)]
+    {
         assert!(matches!(InflightRegion::create(queues, size), Err(InflightError::Shape { .. })));
     }
     let (fd, bytes) = InflightRegion::create(1, 128).expect("creates");

@@ -2,13 +2,13 @@
 //! vanished must not end this process (`guest_cannot_crash_us`).
 //!
 //! Called by `mapping`. A page of a guarded mapping that vanished becomes a private one of zeros, and the mapping is marked as
-//! damaged; what touched it goes on. Any other SIGBUS is left to whoever handled it before. Must not know: what is mapped.
+//! damaged; what touched it goes on. Any other SIGBUS ends the process, as it does by default. Must not know: what is mapped.
 //!
 //! The handler takes no lock and no memory: mappings stand in a static table of atomics.
 
 use std::ptr;
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Mappings guarded at a time: several whole memory tables of 509 regions, or many of the few regions that guests have. A table that
 /// is still in use by requests while new ones come takes its places until they end, so this bounds them too (`bounded`).
@@ -35,7 +35,6 @@ static TABLE: [Slot; SLOTS] = [const {
 /// Slots from here up were never taken.
 static REACHED: AtomicUsize = AtomicUsize::new(0);
 static INSTALL: Once = Once::new();
-static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
 /// A place in the table; dropping it ends the guard, which must happen before the mapping goes.
 #[derive(Debug)]
@@ -70,12 +69,9 @@ impl Drop for Guard {
 }
 
 fn install() {
-    // SAFETY: both structures are plain data for which zeros are a value; the handler is async-signal-safe, has the signature
-    // that SA_SIGINFO asks for, and `before` lives for ever.
+    // SAFETY: the structure is plain data for which zeros are a value; the handler is async-signal-safe and has the signature
+    // that SA_SIGINFO asks for.
     unsafe {
-        let before = Box::leak(Box::new(std::mem::zeroed::<libc::sigaction>()));
-        libc::sigaction(libc::SIGBUS, ptr::null(), before);
-        BEFORE.store(before, Ordering::Release);
         let mut ours: libc::sigaction = std::mem::zeroed();
         ours.sa_sigaction = on_sigbus as *const () as usize;
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
@@ -95,7 +91,7 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
         let errno = *libc::__errno_location();
         let of_memory = (libc::BUS_ADRERR..=libc::BUS_MCEERR_AR).contains(&(*info).si_code);
         if !of_memory || !replace((*info).si_addr() as usize) {
-            libc::sigaction(libc::SIGBUS, BEFORE.load(Ordering::Acquire), ptr::null_mut());
+            libc::signal(libc::SIGBUS, libc::SIG_DFL);
             if (*info).si_code <= 0 {
                 // Somebody sent it: nothing will fault again when we return.
                 libc::raise(libc::SIGBUS);
@@ -127,3 +123,6 @@ unsafe fn replace(address: usize) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+mod tests;
