@@ -28,8 +28,6 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use rustix::fs::Access as May;
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use user::Account;
 
@@ -160,15 +158,10 @@ fn restrict(places: &Places) -> anyhow::Result<Confinement> {
 }
 
 fn shut_files(places: &Places) -> Result<RulesetStatus, landlock::RulesetError> {
-    let mut scopes = Scope::from_all(LANDLOCK);
-    // Where systemd wants to hear of us may be an abstract socket.
-    if std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| OsStr::as_bytes(&path).starts_with(b"@")) {
-        scopes.remove(Scope::AbstractUnixSocket);
-    }
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
-        .scope(scopes)?
+        .scope(Scope::from_all(LANDLOCK))?
         .create()?;
     for (dir, rights) in places.values() {
         ruleset = ruleset.add_rule(PathBeneath::new(dir, *rights))?;

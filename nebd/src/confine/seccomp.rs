@@ -68,7 +68,7 @@ const NEVER: &[libc::c_long] = &[
     // What of files Landlock does not rule.
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
-    libc::SYS_fchmodat2,
+    late::FCHMODAT2,
     libc::SYS_fchown,
     libc::SYS_fchownat,
     libc::SYS_setxattr,
@@ -157,8 +157,9 @@ const NEVER_HERE: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const NEVER_HERE: &[libc::c_long] = &[];
 
-/// Calls that libc does not number yet; these numbers are the same everywhere.
+/// Calls that libc does not number everywhere yet; these numbers are the same on all architectures.
 mod late {
+    pub(super) const FCHMODAT2: libc::c_long = 452;
     pub(super) const STATMOUNT: libc::c_long = 457;
     pub(super) const LISTMOUNT: libc::c_long = 458;
     pub(super) const SETXATTRAT: libc::c_long = 463;

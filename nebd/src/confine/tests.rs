@@ -1,6 +1,6 @@
 use super::*;
 use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, SocketType};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketType};
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
@@ -114,8 +114,14 @@ fn only_unix_sockets_are_made_and_none_is_bound() {
     std::fs::remove_file(&path).expect("removes");
     let second = UnixListener::bind(&path).expect("binds");
     drop(first);
+    let hidden = SocketAddrUnix::new_abstract_name(path.as_os_str().as_encoded_bytes()).expect("fits");
+    let abstract_one = net::socket(AddressFamily::UNIX, SocketType::STREAM, None).expect("creates");
+    net::bind(&abstract_one, &hidden).expect("binds");
+    net::listen(&abstract_one, 1).expect("listens");
     confined(Reach::default(), move |_| {
         UnixStream::connect(&again).expect("the gateway is within reach");
+        let socket = net::socket(AddressFamily::UNIX, SocketType::STREAM, None).expect("creates");
+        assert_eq!(net::connect(&socket, &hidden), Err(Errno::PERM), "it is no file");
         for family in
             [AddressFamily::INET, AddressFamily::INET6, AddressFamily::NETLINK, AddressFamily::VSOCK]
         {
