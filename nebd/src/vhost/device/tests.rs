@@ -464,7 +464,27 @@ enum Brings {
     Memory,
 }
 
-fn words() -> impl Strategy<Value = (u32, Vec<u64>, Brings)> {
+type Words = (u32, Vec<u64>, Brings);
+
+/// What a front-end says in one go: mostly sense, so that the rest meets a device at work.
+fn scene() -> impl Strategy<Value = Vec<Words>> {
+    let start = |queue: u64| {
+        let at = USER + queue * 3 * 4096;
+        vec![
+            (8, vec![queue | 16 << 32], Brings::Nothing),
+            (9, vec![queue, at, at + 8192, at + 4096, 0], Brings::Nothing),
+            (12, vec![queue], Brings::Pipe),
+        ]
+    };
+    prop_oneof![
+        3 => (0..2u64).prop_map(start),
+        1 => (0..2u64).prop_map(|queue| vec![(11, vec![queue], Brings::Nothing)]),
+        1 => Just(vec![(34, Vec::new(), Brings::Nothing)]),
+        6 => words().prop_map(|words| vec![words]),
+    ]
+}
+
+fn words() -> impl Strategy<Value = Words> {
     let queue = prop_oneof![8 => 0..2u64, 1 => 2..6u64];
     let region = |page: u64, bytes: u64| vec![GUEST + page * 4096, bytes, USER + page * 4096, 0];
     let ring = prop_oneof![9 => (0..8u64).prop_map(|page| USER + page * 4096), 1 => any::<u64>()];
@@ -544,12 +564,15 @@ proptest! {
     /// when everything is over.
     #[test]
     fn any_sequence_is_survived(
-        messages in prop::collection::vec((words(), any::<bool>(), 0..4u8), 1..60),
+        scenes in prop::collection::vec((scene(), any::<bool>(), 0..4u8), 1..40),
         held in any::<bool>(),
     ) {
         let (reader, writer) = rustix::pipe::pipe().expect("pipe");
         let mut device = if held { Device::fresh(true) } else { Device::agreed(false) };
         let mut told = Told { abandoning: held, ..Told::default() };
+        let messages = scenes
+            .into_iter()
+            .flat_map(|(scene, need_reply, pace)| scene.into_iter().map(move |words| (words, need_reply, pace)));
         for ((request, payload, brings), need_reply, pace) in messages {
             let mut bytes: Vec<u8> = [request, if need_reply { 9 } else { 1 }, 8 * payload.len() as u32]
                 .iter()
