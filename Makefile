@@ -7,9 +7,10 @@ ROUNDS ?= 20
 CASES ?= 20000
 FUZZ_SECONDS ?= 600
 FUZZ_TOOLCHAIN ?= nightly
-FUZZ_TARGETS = nbd link wire wal
+FUZZ_TARGETS = nbd link wire wal virtqueue vhost_user inflight
 TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
-	qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-system-common
+	qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-system-common \
+	mmdebstrap:mmdebstrap python3:python3
 
 .PHONY: demo check test bench soak fuzz fuzz-tools fmt tools cargo
 
