@@ -93,7 +93,10 @@ struct Control {
     lost: bool,
     accept_paused: Option<Instant>,
     stopping: Option<Instant>,
+    /// Lines of what front-ends do wrong.
     lines: Lines,
+    /// Lines of their coming.
+    arrivals: Lines,
 }
 
 /// Keeps a front-end from filling the log.
@@ -138,6 +141,7 @@ impl Control {
             accept_paused: None,
             stopping: None,
             lines: Lines::default(),
+            arrivals: Lines::default(),
         })
     }
 
@@ -292,7 +296,9 @@ impl Control {
         self.front = Some(Front::new(socket, &self.export, shape, !self.crew.has_abandoned()));
         self.metrics.connects.inc();
         self.metrics.connections.set(1);
-        tracing::debug!("front-end connected");
+        if let Some(left_out) = self.arrivals.allow(Instant::now()) {
+            tracing::info!(held = !self.crew.has_abandoned(), left_out, "front-end connected");
+        }
         if std::mem::take(&mut self.lost) {
             // It came after the volume was lost: nothing that it knows is older than the other session's writes.
             self.crew.reopen();
@@ -304,7 +310,7 @@ impl Control {
         let gone = flags.intersects(EventFlags::HUP | EventFlags::RDHUP | EventFlags::ERR);
         let Some(front) = &self.front else { return Ok(()) };
         // While it is not read its messages can not say that it is gone.
-        if gone && !front.reads(&self.crew) {
+        if gone && (self.stopping.is_some() || !front.reads(&self.crew)) {
             return self.part(&Ended::Closed(Closed::Gone));
         }
         self.proceed()

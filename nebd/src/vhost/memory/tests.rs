@@ -278,3 +278,25 @@ fn what_vanished_is_mended_for_the_kernel() {
     assert!(memory.is_damaged());
     assert_eq!(write(), 2 * PAGE as isize);
 }
+
+#[test]
+fn huge_pages_are_mapped_whole() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB;
+    let fd = rustix::fs::memfd_create("huge", flags).expect("a kernel with huge pages");
+    let huge = u64::try_from(rustix::fs::fstatfs(&fd).expect("statfs").f_bsize).expect("positive");
+    assert!(huge > PAGE);
+    rustix::fs::ftruncate(&fd, 2 * huge).expect("grows");
+    // Starts and ends inside of a huge page each.
+    let table = vec![(place(0, huge, 1 << 40, huge / 2), fd)];
+    let memory = GuestMemory::map(table).expect("maps");
+    let all = Segment { region: 0, offset: 0, length: huge as u32 };
+    // Where no huge page is to be had, touching one is a SIGBUS: zeros take its place, a whole huge page at a time.
+    for at in [0, huge as u32 / 2, huge as u32 - 8] {
+        let mut bytes = [1; 8];
+        memory.read(all, at, &mut bytes);
+        assert_eq!(bytes, [0; 8]);
+        memory.write(all, at, b"survives");
+        memory.read(all, at, &mut bytes);
+        assert_eq!(&bytes, b"survives");
+    }
+}
