@@ -6,10 +6,11 @@
 //!
 //! Three layers, each for what the others can not do:
 //! - [`user`]: becomes another user, for good. What the kernel allows that user is the outer bound.
-//! - Landlock: no file can be opened, whatever the user may do. Left are connecting to a unix socket by its path (the gateway's,
+//! - Landlock: no file can be reached, whatever the user may do. Left are connecting to a unix socket by its path (the gateway's,
 //!   which a new gateway makes anew, so a descriptor kept from the start would not do; Landlock rules it from Linux 7.1 on) and
 //!   removing files in the directories where this process has its own.
-//! - [`seccomp`]: no programs, no other processes, no sockets but unix ones, no new code, none of the kernel's larger doors.
+//! - [`seccomp`]: no file can be opened, where there is no Landlock either; no programs, no other processes, no sockets but unix
+//!   ones, no new code, none of the kernel's larger doors.
 //!
 //! Landlock and seccomp are best effort: a kernel without them serves guests too, and says so in the log and in
 //! `spline_nebd_confined`. What a process removes at its end is in directories that its user may not be allowed to write: then

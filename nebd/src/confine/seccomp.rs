@@ -65,6 +65,9 @@ const NEVER: &[libc::c_long] = &[
     late::STATMOUNT,
     late::LISTMOUNT,
     late::OPEN_TREE_ATTR,
+    // Files: nothing is opened any more, with or without Landlock.
+    libc::SYS_openat,
+    libc::SYS_openat2,
     // What of files Landlock does not rule.
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
@@ -136,6 +139,8 @@ const NEVER: &[libc::c_long] = &[
 const NEVER_HERE: &[libc::c_long] = &[
     libc::SYS_fork,
     libc::SYS_vfork,
+    libc::SYS_open,
+    libc::SYS_creat,
     libc::SYS_chmod,
     libc::SYS_chown,
     libc::SYS_lchown,

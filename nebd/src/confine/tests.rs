@@ -41,6 +41,24 @@ fn both_layers_hold_on_this_kernel() {
 }
 
 #[test]
+fn each_layer_alone_opens_no_file() {
+    let landlock = || drop(shut_files(&Places::new()).expect("restricts"));
+    let seccomp = || seccomp::install().expect("restricts");
+    let layers: [(fn(), Errno); 2] = [(landlock, Errno::ACCESS), (seccomp, Errno::PERM)];
+    for (restrict, expected) in layers {
+        let thread = std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).expect("renounces");
+            restrict();
+            for refused in [std::fs::read("/etc/passwd").map(drop), std::fs::read_dir("/").map(drop)] {
+                let error = refused.expect_err("refused");
+                assert_eq!(Errno::from_io_error(&error), Some(expected));
+            }
+        });
+        thread.join().expect("it is refused");
+    }
+}
+
+#[test]
 fn files_are_out_of_reach() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let file = dir.path().join("file");
