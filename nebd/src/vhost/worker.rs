@@ -83,6 +83,8 @@ pub struct Worker {
     chain: Chain,
     spare: Vec<Vec<Segment>>,
     scratch: Vec<u8>,
+    /// A gateway has said what the volume is: before that nobody can tell which requests fit into it.
+    known: bool,
     /// A newer session has the volume: every request fails.
     lost: bool,
     /// A connection was abandoned, and what it started has not ended.
@@ -117,6 +119,7 @@ impl Worker {
             chain: Chain::default(),
             spare: Vec::new(),
             scratch: vec![0; SCRATCH_BYTES],
+            known: false,
             lost: false,
             abandoning: false,
             ended: false,
@@ -309,6 +312,7 @@ impl Worker {
                 Ok(None) => return Ok(()),
                 Ok(Some(accepted)) => {
                     self.setup.export.update(&accepted, link.is_read_only());
+                    self.known = true;
                     self.setup.metrics.link_up.set(1);
                     self.setup.metrics.link_connects.inc();
                     self.stream = Stream::new(link.left_over());
@@ -425,6 +429,9 @@ impl Worker {
 
     /// Whether the table has room for more.
     fn fetch_all(&mut self) -> bool {
+        if !self.known && !self.lost {
+            return false;
+        }
         let mut broken = Vec::new();
         let mut chain = std::mem::take(&mut self.chain);
         let mut room = true;

@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use spline_link::{Mode, VolumeTraits};
 use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
 /// Where a test's status bytes lie, one for each head.
@@ -42,7 +43,19 @@ fn await_ready(fd: BorrowedFd<'_>, what: &str) {
 impl Place {
     /// A worker whose link is up; its queue is not started.
     fn new(on_unavailable: OnUnavailable) -> Self {
-        let mut gateway = Gateway::new();
+        let mut place = Self::unwelcomed();
+        place.welcome(on_unavailable);
+        place
+    }
+
+    fn welcome(&mut self, on_unavailable: OnUnavailable) {
+        (self.link, _) = self.gateway.accept(on_unavailable);
+        assert!(matches!(self.report(), Report::Accepted(_)));
+    }
+
+    /// A worker whose gateway has not answered yet.
+    fn unwelcomed() -> Self {
+        let gateway = Gateway::new();
         let (orders, reports) =
             (Arc::new(Mailbox::new().expect("fd")), Arc::new(Mailbox::new().expect("fd")));
         let setup = Setup {
@@ -62,13 +75,10 @@ impl Place {
         };
         let worker = Worker::new(setup, Some(Gateway::hello())).expect("makes");
         let thread = std::thread::spawn(|| worker.run());
-        let (link, _) = gateway.accept(on_unavailable);
+        let link = GatewayLink(UnixStream::pair().expect("a pair").0);
         let (kick, call, error) = (bell(), bell(), bell());
         let driver = Driver::new(64);
-        let mut place =
-            Self { gateway, link, driver, kick, call, error, orders, reports, thread: Some(thread) };
-        assert!(matches!(place.report(), Report::Accepted(_)));
-        place
+        Self { gateway, link, driver, kick, call, error, orders, reports, thread: Some(thread) }
     }
 
     /// As [`new`](Self::new), with the queue started.
@@ -178,6 +188,23 @@ fn requests_are_carried_out_and_answered_once() {
     assert_eq!((place.used(), place.status(8)), (vec![(8, 1)], 1));
     place.link.say(Message::Resized { size: 2 << 30 });
     assert!(matches!(place.report(), Report::Resized { size } if size == 2 << 30));
+}
+
+#[test]
+fn a_guest_that_is_early_waits_until_the_volume_is_known() {
+    let mut place = Place::unwelcomed();
+    place.start(None);
+    place.write(0, 8, 0, 512);
+    // The second order is obeyed after the turn in which the first, and the request, were seen.
+    for _ in 0..2 {
+        place.orders.put(Order::Enable { queue: 0, enabled: true });
+        assert_eq!(place.done(), Done::Other);
+    }
+    assert_eq!(place.driver.used(), [], "nobody can tell yet whether it is past the end");
+    place.welcome(OnUnavailable::Wait);
+    let (request, _) = place.link.request();
+    place.link.done(request.id, &[]);
+    assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 0));
 }
 
 #[test]
