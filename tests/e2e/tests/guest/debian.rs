@@ -1,6 +1,6 @@
 //! A Debian root file system is copied into a volume, and a guest boots from it to a login prompt under systemd.
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use spline_harness::guest::Machine;
 use spline_harness::vhost::{Shown, VhostExport};
 use spline_harness::{Cluster, Guest, Tool};
@@ -28,10 +28,8 @@ fn boots_from_a_volume_to_a_login_prompt() -> anyhow::Result<()> {
     guest.tell("root")?;
     guest.wait_for_console("root@guest:")?;
     // Asked for with a sum, so that what is typed does not pass for the answer.
-    guest.tell("systemctl is-active multi-user.target; findmnt -no SOURCE /; echo answer $((40 + 2))")?;
-    guest.wait_for_console("answer 42")?;
-    let console = guest.console()?;
-    ensure!(console.contains("\nactive") && console.contains("\n/dev/vda"), "{console}");
+    guest.tell("echo answer $((40 + 2)) $(systemctl is-active multi-user.target) $(findmnt -no SOURCE /)")?;
+    guest.wait_for_console("answer 42 active /dev/vda")?;
     guest.tell("poweroff")?;
     guest.finish().map(drop)
 }

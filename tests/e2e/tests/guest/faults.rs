@@ -19,12 +19,13 @@ const PLUGGED: &str = "vdc";
 
 /// A guest at work, and what it stands on.
 struct Stage {
-    cluster: Cluster,
+    guest: Guest,
     /// The guest's first disk.
     export: VhostExport,
     /// The disk that comes and goes.
     second: VhostExport,
-    guest: Guest,
+    // Its directory holds the logs of the others, which show them when they are dropped.
+    cluster: Cluster,
     stalls: Stalls,
     size: u64,
 }

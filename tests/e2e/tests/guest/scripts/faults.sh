@@ -6,7 +6,8 @@ prober=$!
 write_and_verify_until_stopped /mnt 4 2 &
 writer=$!
 has_size() { [ "$(blockdev --getsize64 /dev/vda)" = "$1" ]; }
-has_told() { dmesg | grep -q "\[vda\] new size: $(($1 / 512)) 512-byte logical blocks"; }
+block=$(cat /sys/block/vda/queue/logical_block_size)
+has_told() { dmesg | grep -qF "[vda] new size: $(($1 / block)) $block-byte logical blocks"; }
 has_gone() { [ ! -e "/dev/$1" ]; }
 while read -r word rest; do
 	case $word in
