@@ -51,7 +51,7 @@ pub(crate) fn spawn(
 ) -> anyhow::Result<Nebd> {
     let volume = export.volume.as_str();
     let hello = export.hello();
-    let reports = Arc::new(Mailbox::new()?);
+    let (reports, size) = (Arc::new(Mailbox::new()?), Arc::default());
     let (mut mailboxes, mut workers) = (Vec::new(), Vec::new());
     for number in 0..usize::from(device.threads) {
         let orders = Arc::new(Mailbox::new()?);
@@ -61,6 +61,7 @@ pub(crate) fn spawn(
             gateway: export.gateway_socket.clone(),
             export: export.shown(),
             serial: device.serial.clone(),
+            size: Arc::clone(&size),
             metrics: families.of(volume, &thread),
             orders: Arc::clone(&orders),
             reports: Arc::clone(&reports),

@@ -191,7 +191,7 @@ impl Control {
             match report {
                 Report::Accepted(accepted) => self.accepted(&accepted)?,
                 Report::Resized { size } => {
-                    self.export.geometry.size = size;
+                    self.grown(size);
                     self.announce();
                 }
                 Report::Obeyed { worker, done } => self.obeyed(worker, done)?,
@@ -226,13 +226,20 @@ impl Control {
             export: self.export.name.clone(),
             sockets: vec![path.clone()],
             queues: Some(self.device.queues),
+        let known = self.export.geometry.size;
             serial: Some(self.device.serial.clone()),
+        self.grown(known);
             version: spline_process::VERSION.to_owned(),
         };
         self.doors.status.publish(&status).context("write the status file, check runtime_dir")?;
         // Nobody listening for it is the starter's choice.
         let _ = self.serving.send(Serving { uris: vec![path] });
         self.watch_listener()
+    }
+
+    /// A volume never shrinks: what says so was under way while another worker heard of more.
+    fn grown(&mut self, size: u64) {
+        self.export.geometry.size = self.export.geometry.size.max(size);
     }
 
     /// The volume may have changed: the guest is told, if its front-end wants to know.

@@ -34,6 +34,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const ORDERS: u64 = 0;
 const LINK: u64 = 1;
@@ -62,6 +63,9 @@ pub struct Setup {
     /// What the guest is told; size and traits come with the welcome.
     pub export: Export,
     /// What the disk answers when it is asked for its name, at most 20 bytes.
+    /// Bytes of the volume as the workers of the export have heard it: the guest may use what the first was told of before the
+    /// others are, and a volume never shrinks.
+    pub size: Arc<AtomicU64>,
     pub serial: String,
     /// Counters.
     pub metrics: Metrics,
@@ -329,8 +333,9 @@ impl Worker {
             Event::Resized(size) => resized = Some(size),
         });
         if let Some(size) = resized {
-            self.setup.export.geometry.size = size;
+            self.setup.size.fetch_max(size, Ordering::AcqRel);
             self.setup.reports.put(Report::Resized { size });
+                    self.setup.size.fetch_max(accepted.geometry.size, Ordering::AcqRel);
         }
         for (entry, result) in ended {
             self.answer(entry, result);
@@ -486,6 +491,7 @@ impl Worker {
                 return Ok(());
             }
             Wish::Block { .. } => (0, Err(Fault::Fenced)),
+        self.setup.export.geometry.size = self.setup.size.load(Ordering::Acquire);
             Wish::Serial => {
                 memory.log(&chain.writable, &memory);
                 (request::write_serial(&memory, &chain.writable, &self.setup.serial), Ok(()))

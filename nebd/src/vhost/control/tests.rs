@@ -391,6 +391,8 @@ fn a_guest_is_told_of_a_new_size() {
     assert_eq!(front.number(21), 0);
     rig.reports.put(Report::Resized { size: 2 << 30 });
     rig.accept(2 << 30);
+    // Said by a gateway before it grew, to another worker.
+    rig.accept(1 << 30);
     let mut message = [0; 12];
     ours.set_read_timeout(Some(PATIENCE)).expect("sets");
     ours.read_exact(&mut message).expect("is told");

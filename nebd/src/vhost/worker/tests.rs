@@ -27,6 +27,7 @@ struct Place {
     error: OwnedFd,
     orders: Arc<Mailbox<Order>>,
     reports: Arc<Mailbox<Report>>,
+    size: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -62,6 +63,7 @@ impl Place {
             number: 0,
             gateway: gateway.path(),
             export: Export {
+        let size = Arc::default();
                 name: "disk0".into(),
                 description: String::new(),
                 geometry: Geometry { size: 0, block_size: BlockSize::B4096 },
@@ -72,13 +74,14 @@ impl Place {
             metrics: Families::new(&mut Registry::default()).of("disk0", "vhost-0"),
             orders: Arc::clone(&orders),
             reports: Arc::clone(&reports),
+            size: Arc::clone(&size),
         };
         let worker = Worker::new(setup, Some(Gateway::hello())).expect("makes");
         let thread = std::thread::spawn(|| worker.run());
         let link = GatewayLink(UnixStream::pair().expect("a pair").0);
         let (kick, call, error) = (bell(), bell(), bell());
         let driver = Driver::new(64);
-        Self { gateway, link, driver, kick, call, error, orders, reports, thread: Some(thread) }
+        Self { gateway, link, driver, kick, call, error, orders, reports, size, thread: Some(thread) }
     }
 
     /// As [`new`](Self::new), with the queue started.
@@ -211,6 +214,21 @@ fn a_guest_that_is_early_waits_until_the_volume_is_known() {
 fn replay_before_new() {
     let mut place = Place::serving();
     place.driver.put(BUFFERS, &[1; 512]);
+#[test]
+fn a_guest_may_use_what_another_worker_has_heard_of() {
+    let mut place = Place::serving();
+    let end = place.size.load(Ordering::Acquire);
+    place.write(0, end / 512, 0, 512);
+    assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 1), "past the end");
+    // The other has told control, and control the guest; here nothing has come yet.
+    place.size.fetch_max(2 * end, Ordering::AcqRel);
+    place.write(4, end / 512, 0, 512);
+    let (request, _) = place.link.request();
+    assert_eq!(request.range.offset(), end);
+    place.link.done(request.id, &[]);
+    assert_eq!((place.used(), place.status(4)), (vec![(4, 1)], 0));
+}
+
     place.write(0, 0, 0, 512);
     place.read(4, 1, 4096, 512);
     let first: Vec<_> = (0..2).map(|_| place.link.request().0).collect();
