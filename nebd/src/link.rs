@@ -103,15 +103,16 @@ impl Link {
     pub fn new(path: PathBuf, hello: Hello, now: Instant) -> Self {
         Self {
             path,
-            hello,
             state: State::Down { retry_at: now },
             greeting: Vec::new(),
             window: Limits { requests: 1, bytes: 0 },
             on_unavailable: OnUnavailable::Wait,
-            served: false,
+            // Who knows the volume by its identity was told it by a gateway that served it, over another link.
+            served: hello.identity.is_some(),
             backoff: BACKOFF_MIN,
             down_since: now,
             told: None,
+            hello,
         }
     }
 

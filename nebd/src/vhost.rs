@@ -35,6 +35,7 @@ use crate::metrics::Families;
 use crate::{Nebd, Stopper};
 use anyhow::Context;
 use order::{Mailbox, Order};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread::Builder;
@@ -60,8 +61,8 @@ pub(crate) fn spawn(
             number,
             gateway: export.gateway_socket.clone(),
             export: export.shown(),
-            serial: device.serial.clone(),
             size: Arc::clone(&size),
+            serial: device.serial.clone(),
             metrics: families.of(volume, &thread),
             orders: Arc::clone(&orders),
             reports: Arc::clone(&reports),
@@ -100,7 +101,10 @@ fn serve(
             Err(error) => started = Err(error).context("start a worker"),
         }
     }
-    let result = started.and_then(|()| control::run(setup));
+    // Workers must not go on for a connection that nobody has.
+    let run = || started.and_then(|()| control::run(setup));
+    let result =
+        catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(anyhow::anyhow!("control panicked")));
     mailboxes.iter().for_each(|orders| orders.put(Order::End));
     let panicked =
         threads.into_iter().map(|thread| thread.join().is_err()).fold(false, |any, this| any || this);

@@ -14,6 +14,9 @@ pub const PROTOCOL: u64 = 1 << 30;
 /// VHOST_F_LOG_ALL: what is written to the guest is marked in the log.
 pub const LOG_ALL: u64 = 1 << 26;
 
+/// VIRTIO_F_ANY_LAYOUT: what every device of version 1 does.
+pub const ANY_LAYOUT: u64 = 1 << 27;
+
 /// VIRTIO_BLK_F_SIZE_MAX.
 pub const SIZE_MAX: u64 = 1 << 1;
 /// VIRTIO_BLK_F_SEG_MAX.

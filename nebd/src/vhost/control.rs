@@ -38,6 +38,8 @@ const FRONT: u64 = 3;
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// Longest wait for open requests at a clean stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// Wait of a front-end after which the log says so: workers need milliseconds unless the gateway is away.
+const SLOW_AFTER: Duration = Duration::from_secs(5);
 /// Messages taken before reports get their turn.
 const MESSAGES_PER_TURN: usize = 64;
 /// Time between two lines in the log that a front-end may cause.
@@ -92,6 +94,10 @@ struct Control {
     /// A newer session has the volume; the next front-end wants it back.
     lost: bool,
     accept_paused: Option<Instant>,
+    /// The front-end is not read: what its last message asked for is not done.
+    waits: bool,
+    /// Since when, until that was said.
+    waiting_since: Option<Instant>,
     stopping: Option<Instant>,
     /// Lines of what front-ends do wrong.
     lines: Lines,
@@ -139,6 +145,8 @@ impl Control {
             front: None,
             lost: false,
             accept_paused: None,
+            waits: false,
+            waiting_since: None,
             stopping: None,
             lines: Lines::default(),
             arrivals: Lines::default(),
@@ -148,12 +156,19 @@ impl Control {
     fn run(mut self) -> anyhow::Result<()> {
         let mut ready = Vec::new();
         while !self.is_done() {
-            let deadline = [self.accept_paused, self.stopping].into_iter().flatten().min();
+            let slow = self.waiting_since.map(|since| since + SLOW_AFTER);
+            let deadline = [self.accept_paused, self.stopping, slow].into_iter().flatten().min();
             let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             self.poller.wait(&mut ready, timeout).context("wait for events")?;
             if self.accept_paused.is_some_and(|until| until <= Instant::now()) {
                 self.accept_paused = None;
                 self.watch_listener()?;
+            }
+            if slow.is_some_and(|at| at <= Instant::now()) {
+                self.waiting_since = None;
+                tracing::warn!(
+                    "front-end waits, its machine with it, until what its guest has asked for is answered; look at the gateway"
+                );
             }
             for (token, flags) in &ready {
                 match *token {
@@ -195,7 +210,13 @@ impl Control {
                     self.announce();
                 }
                 Report::Obeyed { worker, done } => self.obeyed(worker, done)?,
-                Report::Broken { queue, why } => tracing::debug!(queue, reason = %why, "queue is broken"),
+                Report::Broken { queue, why } => {
+                    if let Some(left_out) = self.lines.allow(Instant::now()) {
+                        tracing::warn!(
+                            queue, reason = %why, left_out, "guest broke its queue, it is not served until it is reset"
+                        );
+                    }
+                }
                 Report::Lost => self.lost = true,
                 Report::Ended(result) => result?,
             }
@@ -205,13 +226,20 @@ impl Control {
 
     /// A gateway serves the volume: for the first time, or again.
     fn accepted(&mut self, accepted: &Accepted) -> anyhow::Result<()> {
+        let known = self.export.geometry.size;
         self.export.update(accepted, self.read_only);
+        self.grown(known);
         self.crew.accepted(accepted.identity);
         if !self.open && self.stopping.is_none() {
             self.open_doors()?;
         }
         self.announce();
         Ok(())
+    }
+
+    /// A volume never shrinks: what says so was under way while another worker heard of more.
+    fn grown(&mut self, size: u64) {
+        self.export.geometry.size = self.export.geometry.size.max(size);
     }
 
     fn open_doors(&mut self) -> anyhow::Result<()> {
@@ -226,20 +254,13 @@ impl Control {
             export: self.export.name.clone(),
             sockets: vec![path.clone()],
             queues: Some(self.device.queues),
-        let known = self.export.geometry.size;
             serial: Some(self.device.serial.clone()),
-        self.grown(known);
             version: spline_process::VERSION.to_owned(),
         };
         self.doors.status.publish(&status).context("write the status file, check runtime_dir")?;
         // Nobody listening for it is the starter's choice.
         let _ = self.serving.send(Serving { uris: vec![path] });
         self.watch_listener()
-    }
-
-    /// A volume never shrinks: what says so was under way while another worker heard of more.
-    fn grown(&mut self, size: u64) {
-        self.export.geometry.size = self.export.geometry.size.max(size);
     }
 
     /// The volume may have changed: the guest is told, if its front-end wants to know.
@@ -263,7 +284,10 @@ impl Control {
         }
         if matches!(done, Done::Abandoned) && self.crew.has_abandoned() && self.stopping.is_none() {
             match front.device.release() {
-                Ok(orders) => self.crew.order(orders),
+                Ok(orders) => {
+                    self.crew.order(orders);
+                    front.catch_up();
+                }
                 Err(refusal) => return self.part(&Ended::Refused(refusal)),
             }
         }
@@ -346,6 +370,12 @@ impl Control {
     fn watch(&mut self) -> anyhow::Result<()> {
         let Some(front) = &mut self.front else { return Ok(()) };
         let reads = front.reads(&self.crew) && self.stopping.is_none();
+        self.waiting_since = match (reads, self.waits) {
+            (false, false) => Some(Instant::now()),
+            (false, true) => self.waiting_since,
+            (true, _) => None,
+        };
+        self.waits = !reads;
         if let Some(flags) = front.watch(reads) {
             self.poller.modify(front.socket(), FRONT, flags).context("watch the front-end")?;
         }
@@ -365,6 +395,7 @@ impl Control {
             }
         }
         self.front = None;
+        (self.waits, self.waiting_since) = (false, None);
         self.metrics.connections.set(0);
         self.crew.abandon();
         self.watch_listener()

@@ -46,6 +46,8 @@ pub struct Device {
     /// What may be accepted; does not change while a front-end is connected.
     offered: u64,
     space: ConfigSpace,
+    /// The front-end has the space as it is.
+    space_known: bool,
     features: u64,
     protocol: u64,
     memory: Arc<GuestMemory>,
@@ -65,6 +67,7 @@ impl Device {
             shape,
             offered: config::features(export),
             space: config::config_space(export, shape.queues),
+            space_known: false,
             features: 0,
             protocol: 0,
             memory: Arc::default(),
@@ -107,7 +110,7 @@ impl Device {
             Request::SetFeatures(features) => self.set_features(features),
             Request::GetProtocolFeatures => Ok(number(asked, config::PROTOCOL_FEATURES)),
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features),
-            Request::SetOwner => Ok(Turn::default()),
+            Request::SetOwner => Ok(self.begin()),
             Request::ResetOwner => Ok(self.reset()),
             Request::ResetDevice => {
                 self.needs(config::PROTOCOL_RESET_DEVICE)?;
@@ -154,13 +157,24 @@ impl Device {
         if self.protocol & protocol == 0 { Err(Refusal::NotNegotiated(protocol)) } else { Ok(()) }
     }
 
+    /// A front-end that begins anew on its connection, such as QEMU for another device, says everything again.
+    fn begin(&mut self) -> Turn {
+        if !self.is_serving() {
+            (self.memory, self.log, self.inflight) = (Arc::default(), None, None);
+        }
+        Turn::default()
+    }
+
     fn is_serving(&self) -> bool {
         self.queues.iter().any(|queue| queue.phase != Phase::Stopped)
     }
 
     fn set_features(&mut self, features: u64) -> Result<Turn, Refusal> {
-        if features & !self.offered != 0 {
-            return Err(Refusal::Features(features & !self.offered));
+        // ANY_LAYOUT is what QEMU offers to old drivers by itself; FLUSH is harmless, and a driver may have accepted it when
+        // another gateway served the volume.
+        let unknown = features & !(self.offered | config::ANY_LAYOUT | config::FLUSH);
+        if unknown != 0 {
+            return Err(Refusal::Features(unknown));
         }
         let changed = features ^ self.features;
         if changed & !config::LOG_ALL != 0 && self.is_serving() {
@@ -283,13 +297,15 @@ impl Device {
 
     fn set_bell(&mut self, queue: u32, bell: Bell, fd: Option<OwnedFd>) -> Result<Turn, Refusal> {
         let (queue, state) = self.queue(queue)?;
-        match state.phase {
-            Phase::Running => Ok(Turn { orders: vec![Order::Bell { queue, bell, fd }], ..Turn::default() }),
-            _ => {
-                *state.bell(bell) = fd;
-                Ok(Turn::default())
-            }
+        let ours = state.bell(bell);
+        *ours = fd;
+        if state.phase != Phase::Running {
+            return Ok(Turn::default());
         }
+        let ours = state.bell(bell);
+        // A queue that stops needs a new kick to start.
+        let fd = if bell == Bell::Kick { ours.take() } else { queue::duplicate(ours) };
+        Ok(Turn { orders: vec![Order::Bell { queue, bell, fd }], ..Turn::default() })
     }
 
     /// The front-end's kick is what starts a queue.
@@ -398,8 +414,10 @@ impl Device {
         orders
     }
 
-    fn config(&self, offset: u32, bytes: u32, flags: u32) -> Result<Turn, Refusal> {
+    fn config(&mut self, offset: u32, bytes: u32, flags: u32) -> Result<Turn, Refusal> {
         self.needs(config::PROTOCOL_CONFIG)?;
+        // With the capacity, which is all that changes.
+        self.space_known |= offset == 0 && bytes as usize >= size_of::<u64>();
         let end = u64::from(offset) + u64::from(bytes);
         let part = self.space.get(offset as usize..usize::try_from(end).unwrap_or(usize::MAX));
         // Without bytes the reply says that there are none.
@@ -430,7 +448,20 @@ impl Device {
     /// The volume has changed. Answers whether the config space did.
     pub fn update(&mut self, export: &Export) -> bool {
         let space = config::config_space(export, self.shape.queues);
-        std::mem::replace(&mut self.space, space) != space
+        let changed = std::mem::replace(&mut self.space, space) != space;
+        self.space_known &= !changed;
+        changed
+    }
+
+    /// Whether queues are served and the front-end may not know the config space as it is. QEMU reads it when it makes its
+    /// device and not when it connects again, and does not listen to changes while no queue is served.
+    pub fn is_behind(&self) -> bool {
+        self.is_serving() && !self.space_known
+    }
+
+    /// The front-end was told to read the space.
+    pub fn told(&mut self) {
+        self.space_known |= self.is_serving();
     }
 
     /// Where to tell the front-end of changes, if it wants to be told.

@@ -1,8 +1,8 @@
 //! The gateway's end of a link, for tests: says exactly what a test has it say, when it says it.
 
 use spline_link::{
-    Accepted, HEADER_BYTES, Header, Hello, Identity, InstanceId, LinkVersion, Message, Mode, VersionRange,
-    VolumeTraits, Welcome,
+    Accepted, HEADER_BYTES, Header, Hello, Identity, InstanceId, LinkVersion, Message, Mode, Refusal,
+    Refused, VersionRange, VolumeTraits, Welcome,
 };
 use spline_types::{BlockOp, BlockRequest, BlockSize, Completion, Epoch, Geometry, OnUnavailable, RequestId};
 use std::io::{Read, Write};
@@ -52,13 +52,25 @@ impl Gateway {
         std::fs::remove_file(self.path()).expect("removes");
     }
 
-    /// Takes the next link and welcomes it; its hello's mode.
-    pub(crate) fn accept(&mut self, on_unavailable: OnUnavailable) -> (GatewayLink, Mode) {
+    fn greet(&self) -> (UnixStream, Hello) {
         let (mut stream, _) = self.listener.accept().expect("accepts");
         stream.set_read_timeout(Some(PATIENCE)).expect("sets");
         let mut bytes = [0; 512];
         let count = stream.read(&mut bytes).expect("reads");
         let (hello, _) = Hello::decode(&bytes[..count]).expect("valid").expect("whole");
+        (stream, hello)
+    }
+
+    /// Takes the next link and refuses it.
+    pub(crate) fn refuse(&self, refusal: Refusal) {
+        let (mut stream, _) = self.greet();
+        let refused = Refused { refusal, text: "refused by a test".into() };
+        stream.write_all(&Welcome::Refused(refused).encode()).expect("writes");
+    }
+
+    /// Takes the next link and welcomes it; its hello's mode.
+    pub(crate) fn accept(&mut self, on_unavailable: OnUnavailable) -> (GatewayLink, Mode) {
+        let (mut stream, hello) = self.greet();
         self.epochs += 1;
         let accepted = Accepted {
             version: LinkVersion::V3,

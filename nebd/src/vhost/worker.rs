@@ -23,7 +23,7 @@ use crate::vhost::queue::{Chain, QueueError};
 use crate::vhost::request::{self, Wish, understand};
 use crate::vhost::status::{BlkStatus, blk_status};
 use crate::vhost::stream::{Asked, Event, GuestRequest, Stream};
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use polling::Polling;
 use rustix::event::epoll::EventFlags;
 use served::Served;
@@ -31,10 +31,11 @@ use spline_link::{Header, Hello, Message};
 use spline_types::limits::VOLUME_INFLIGHT_REQUESTS;
 use spline_types::{BlockOp, ByteRange, Fault, Unavailable};
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 const ORDERS: u64 = 0;
 const LINK: u64 = 1;
@@ -62,10 +63,10 @@ pub struct Setup {
     pub gateway: PathBuf,
     /// What the guest is told; size and traits come with the welcome.
     pub export: Export,
-    /// What the disk answers when it is asked for its name, at most 20 bytes.
     /// Bytes of the volume as the workers of the export have heard it: the guest may use what the first was told of before the
     /// others are, and a volume never shrinks.
     pub size: Arc<AtomicU64>,
+    /// What the disk answers when it is asked for its name, at most 20 bytes.
     pub serial: String,
     /// Counters.
     pub metrics: Metrics,
@@ -84,13 +85,19 @@ pub struct Worker {
     watching_out: bool,
     table: Inflight<Asked>,
     queues: BTreeMap<u16, Served>,
+    /// Queues that could not be started, and where they would have gone on.
+    not_started: BTreeMap<u16, u16>,
     chain: Chain,
     spare: Vec<Vec<Segment>>,
+    /// What came in one turn; empty between them.
+    answers: Vec<(Entry<Asked>, Result<(), Fault>)>,
     scratch: Vec<u8>,
     /// A gateway has said what the volume is: before that nobody can tell which requests fit into it.
     known: bool,
     /// A newer session has the volume: every request fails.
     lost: bool,
+    /// One had it since this process began: what a guest asked for before must not be written over what that one wrote.
+    was_lost: bool,
     /// A connection was abandoned, and what it started has not ended.
     abandoning: bool,
     ended: bool,
@@ -120,11 +127,14 @@ impl Worker {
             watching_out: false,
             table: Inflight::new(limits),
             queues: BTreeMap::new(),
+            not_started: BTreeMap::new(),
             chain: Chain::default(),
             spare: Vec::new(),
+            answers: Vec::new(),
             scratch: vec![0; SCRATCH_BYTES],
             known: false,
             lost: false,
+            was_lost: false,
             abandoning: false,
             ended: false,
             now,
@@ -136,9 +146,14 @@ impl Worker {
 
     /// Runs until it is told to end, and reports that.
     pub fn run(mut self) {
-        let result = self.serve();
-        self.part();
-        self.setup.reports.put(Report::Ended(result));
+        let reports = Arc::clone(&self.setup.reports);
+        let served = catch_unwind(AssertUnwindSafe(|| {
+            let result = self.serve();
+            self.part();
+            result
+        }));
+        // Control must hear of it, or it would wait for its orders for ever.
+        reports.put(Report::Ended(served.unwrap_or_else(|_| Err(anyhow!("a worker panicked")))));
     }
 
     fn serve(&mut self) -> anyhow::Result<()> {
@@ -175,7 +190,7 @@ impl Worker {
         let mut now = answered;
         while now - answered < self.polling.window() {
             now = Instant::now();
-            if self.queues.values().any(|served| served.is_open() && served.queue.has_work()) {
+            if self.queues.values().any(|served| served.can_fetch() && served.queue.has_work()) {
                 self.now = now;
                 return true;
             }
@@ -188,7 +203,9 @@ impl Worker {
         let patience = self.link.as_ref().and_then(Link::patience).and_then(|(down_since, limit)| {
             self.table.oldest().map(|started| started.max(down_since) + limit)
         });
-        let look = self.queues.values().any(|served| served.is_open() && served.has_no_kick());
+        let look =
+            |served: &Served| served.is_open() && (served.has_no_kick() || served.outside_since.is_some());
+        let look = self.queues.values().any(look);
         let look = look.then(|| self.now + LOOK_EVERY);
         [self.link.as_ref().and_then(Link::deadline), patience, look, self.idle_at]
             .into_iter()
@@ -213,7 +230,10 @@ impl Worker {
             Order::Stop { queue } => {
                 return match self.queues.get_mut(&queue) {
                     Some(served) => served.stopping = true,
-                    None => self.report(Done::Stopped { queue, next_available: 0 }),
+                    None => {
+                        let next_available = self.not_started.remove(&queue).unwrap_or_default();
+                        self.report(Done::Stopped { queue, next_available });
+                    }
                 };
             }
             Order::Bell { queue, bell, fd } => {
@@ -225,7 +245,7 @@ impl Worker {
             }
             Order::Enable { queue, enabled } => {
                 if let Some(served) = self.queues.get_mut(&queue) {
-                    served.enabled = enabled;
+                    served.enable(enabled);
                 }
             }
             Order::Memory { memory, rings } => {
@@ -257,20 +277,19 @@ impl Worker {
     }
 
     fn start(&mut self, start: QueueStart) {
-        let queue = start.queue;
+        let (queue, next_available) = (start.queue, start.next_available);
         match Served::new(start, &self.poller, QUEUES + u64::from(queue)) {
-            Ok(served) => {
+            Ok(mut served) => {
                 self.setup.metrics.resubmitted.inc_by(served.queue.orphans() as u64);
-                if served.queue.orphans() > 0 {
-                    let requests = served.queue.orphans();
-                    tracing::info!(queue, requests, "requests that an earlier process left are carried out");
+                if self.was_lost {
+                    served.fenced = served.queue.orphans();
                 }
                 if let Some(old) = self.queues.insert(queue, served) {
                     old.end(&self.poller);
                 }
             }
             Err(why) => {
-                tracing::warn!(queue, reason = %why, "queue can not be started, it is not served until it is reset");
+                self.not_started.insert(queue, next_available);
                 self.setup.metrics.broken_queues.inc();
                 self.setup.reports.put(Report::Broken { queue, why });
             }
@@ -316,6 +335,7 @@ impl Worker {
                 Ok(None) => return Ok(()),
                 Ok(Some(accepted)) => {
                     self.setup.export.update(&accepted, link.is_read_only());
+                    self.setup.size.fetch_max(accepted.geometry.size, Ordering::AcqRel);
                     self.known = true;
                     self.setup.metrics.link_up.set(1);
                     self.setup.metrics.link_connects.inc();
@@ -326,7 +346,7 @@ impl Worker {
                 Err(why) => return self.link_failed(&why),
             }
         }
-        let (mut ended, mut resized) = (Vec::new(), None);
+        let (mut ended, mut resized) = (std::mem::take(&mut self.answers), None);
         let Self { link: Some(link), stream, table, scratch, .. } = self else { return Ok(()) };
         let received = stream.receive(link, table, scratch, self.now, |event| match event {
             Event::Ended(entry, result) => ended.push((entry, result)),
@@ -335,11 +355,11 @@ impl Worker {
         if let Some(size) = resized {
             self.setup.size.fetch_max(size, Ordering::AcqRel);
             self.setup.reports.put(Report::Resized { size });
-                    self.setup.size.fetch_max(accepted.geometry.size, Ordering::AcqRel);
         }
-        for (entry, result) in ended {
+        for (entry, result) in ended.drain(..) {
             self.answer(entry, result);
         }
+        self.answers = ended;
         received.or_else(|why| self.link_failed(&why))
     }
 
@@ -354,7 +374,7 @@ impl Worker {
             Next::Retry => self.drop_abandoned(),
             Next::GiveUp(reason) => anyhow::bail!(reason),
             Next::Fenced => {
-                self.lost = true;
+                (self.lost, self.was_lost) = (true, true);
                 self.setup.reports.put(Report::Lost);
                 for entry in self.table.drain() {
                     self.answer(entry, Err(Fault::Fenced));
@@ -428,7 +448,7 @@ impl Worker {
 
     /// Whether a queue has work of which no notification will tell.
     fn listen_all(&mut self) -> bool {
-        let open = self.queues.values_mut().filter(|served| served.is_open());
+        let open = self.queues.values_mut().filter(|served| served.can_fetch());
         open.fold(false, |more, served| served.queue.listen() || more)
     }
 
@@ -451,8 +471,9 @@ impl Worker {
                 match served.queue.fetch(&mut chain).and_then(|any| {
                     if any { self.take(*number, served, &mut chain).map(|()| true) } else { Ok(false) }
                 }) {
-                    Ok(true) => {}
+                    Ok(true) => served.outside_since = None,
                     Ok(false) => break,
+                    Err(QueueError::Outside(_)) if served.may_come(self.now) => break,
                     Err(why) => {
                         broken.push((*number, why));
                         break;
@@ -470,13 +491,16 @@ impl Worker {
     /// Admits a chain that was fetched, or answers it at once.
     fn take(&mut self, number: u16, served: &mut Served, chain: &mut Chain) -> Result<(), QueueError> {
         let memory = Arc::clone(served.queue.memory());
+        self.setup.export.geometry.size = self.setup.size.load(Ordering::Acquire);
         let understood = match memory.is_damaged() {
             true => Err(QueueError::Truncated),
             false => understand(chain, &memory, &self.setup.export, served.writethrough),
         };
         let (wish, status) = understood.inspect_err(|_| served.queue.forget(chain.head))?;
+        let fenced = self.lost || served.fenced > 0;
+        served.fenced = served.fenced.saturating_sub(1);
         let (written, outcome) = match wish {
-            Wish::Block { op, range, fua } if !self.lost => {
+            Wish::Block { op, range, fua } if !fenced => {
                 let mut data = self.spare.pop().unwrap_or_default();
                 std::mem::swap(
                     &mut data,
@@ -491,7 +515,6 @@ impl Worker {
                 return Ok(());
             }
             Wish::Block { .. } => (0, Err(Fault::Fenced)),
-        self.setup.export.geometry.size = self.setup.size.load(Ordering::Acquire);
             Wish::Serial => {
                 memory.log(&chain.writable, &memory);
                 (request::write_serial(&memory, &chain.writable, &self.setup.serial), Ok(()))
@@ -509,9 +532,13 @@ impl Worker {
     }
 
     /// Answers a request that has left the table, unless nobody waits for it any more.
-    fn answer(&mut self, entry: Entry<Asked>, result: Result<(), Fault>) {
+    fn answer(&mut self, entry: Entry<Asked>, mut result: Result<(), Fault>) {
         let Asked::Guest(mut guest) = entry.context else { return };
         let request = &entry.request;
+        if request.op == BlockOp::Write && guest.memory.is_damaged() {
+            // What was written may be the zeros that took the place of what vanished.
+            result = Err(Fault::Internal);
+        }
         self.setup.metrics.answered(request.op, request.range.length(), self.now - entry.started, &result);
         if !guest.abandoned
             && let Some(served) = self.queues.get_mut(&guest.queue)
@@ -567,7 +594,7 @@ impl Worker {
 
     fn break_down(&mut self, queue: u16, why: QueueError) {
         if let Some(served) = self.queues.get_mut(&queue) {
-            served.break_down(&why);
+            served.break_down();
             self.setup.metrics.broken_queues.inc();
             self.setup.reports.put(Report::Broken { queue, why });
         }
@@ -579,7 +606,7 @@ impl Worker {
             self.idle_at = None;
             if self.table.is_empty() {
                 self.scratch = vec![0; SCRATCH_BYTES];
-                self.spare = Vec::new();
+                (self.spare, self.answers) = (Vec::new(), Vec::new());
                 memory::trim();
             }
         }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 struct Member {
     orders: Arc<Mailbox<Order>>,
-    /// It opens the volume, or has been told to.
+    /// It opens the volume.
     joined: bool,
     /// It was given queues that were not abandoned since.
     busy: bool,
@@ -46,9 +46,15 @@ impl Crew {
         Self { members: members.collect(), hello: Hello { mode: Mode::Open, force: false, ..hello } }
     }
 
-    /// A gateway serves the volume, which is this one.
+    /// A gateway serves the volume, which is this one. All workers open it now: when the guest comes to use their queues, the
+    /// metadata server may be away.
     pub fn accepted(&mut self, identity: Identity) {
         self.hello.identity = Some(identity);
+        for member in self.members.iter_mut().filter(|member| !member.joined) {
+            member.joined = true;
+            let hello = Hello { instance: crate::random_instance(), ..self.hello.clone() };
+            member.tell(Order::Join(Box::new(hello)));
+        }
     }
 
     /// Gives orders to whom they concern.
@@ -83,12 +89,7 @@ impl Crew {
     }
 
     fn start(&mut self, worker: usize, order: Order) {
-        let hello = Hello { instance: crate::random_instance(), ..self.hello.clone() };
         let member = &mut self.members[worker];
-        if !member.joined {
-            member.joined = true;
-            member.tell(Order::Join(Box::new(hello)));
-        }
         member.busy = true;
         member.orders.put(order);
     }

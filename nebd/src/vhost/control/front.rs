@@ -128,7 +128,15 @@ impl Front {
         self.after_abandon = turn.orders.iter().any(|order| matches!(order, Order::Abandon));
         self.hold(turn.reply);
         crew.order(turn.orders);
+        self.catch_up();
         Ok(turn.refused.map_or(Step::Message, |refusal| Step::Refused(refusal.to_string())))
+    }
+
+    /// Tells it of the config space if it may not know it.
+    pub fn catch_up(&mut self) {
+        if self.device.is_behind() {
+            self.announce();
+        }
     }
 
     /// Tells it that the config space has changed, if it wants to know. Answers whether it was told.
@@ -137,13 +145,16 @@ impl Front {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let bytes = config_changed();
         match rustix::net::send(channel, &bytes, flags) {
-            Ok(sent) if sent == bytes.len() => true,
+            Ok(sent) if sent == bytes.len() => {
+                self.device.told();
+                true
+            }
             // It does not listen, or half of a message is on its way: what follows could not be understood.
             result => {
                 let error = result.err().map(std::io::Error::from);
                 tracing::warn!(
                     ?error,
-                    "front-end can not be told of the volume's size, it sees it when it connects again"
+                    "front-end can not be told of the volume's size, its guest sees it when the front-end starts again"
                 );
                 self.device.close_channel();
                 false

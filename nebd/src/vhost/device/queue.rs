@@ -26,7 +26,7 @@ pub enum Phase {
     Stopping,
 }
 
-/// One queue. Its descriptors are here until it starts; then they are the worker's.
+/// One queue. Its kick is here until it starts; then it is the worker's, who has the other descriptors too.
 #[derive(Debug, Default)]
 pub struct QueueState {
     /// Descriptors, a power of two.
@@ -91,9 +91,18 @@ impl QueueState {
             features,
             enabled: self.enabled || features & config::PROTOCOL == 0,
             kick: self.kick.take(),
-            call: self.call.take(),
-            error: self.error.take(),
+            call: duplicate(&mut self.call),
+            error: duplicate(&mut self.error),
             record,
         }))
+    }
+}
+
+/// A descriptor for the worker, which the queue keeps for its next start too: the front-end may say it once. Without a
+/// descriptor left for that the worker gets the only one.
+pub(super) fn duplicate(fd: &mut Option<OwnedFd>) -> Option<OwnedFd> {
+    match fd.as_ref().map(OwnedFd::try_clone) {
+        Some(Ok(copy)) => Some(copy),
+        _ => fd.take(),
     }
 }

@@ -3,6 +3,7 @@
 //! Called by the worker. Must not know: requests, the link.
 
 use crate::poller::Poller;
+use crate::vhost::config::FLUSH;
 use crate::vhost::order::{Bell, QueueStart};
 use crate::vhost::queue::{Queue, QueueError};
 use rustix::event::epoll::EventFlags;
@@ -10,24 +11,29 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
-/// VIRTIO_BLK_F_FLUSH.
-const FEATURE_FLUSH: u64 = 1 << 9;
+/// Longest time between a front-end's taking a part of the guest's memory away and its bringing it again.
+const REARRANGED_WITHIN: Duration = Duration::from_millis(100);
 
 /// The queue.
 #[derive(Debug)]
 pub struct Served {
     /// The rings.
     pub queue: Queue,
-    /// Whether it is fetched from (VHOST_USER_SET_VRING_ENABLE).
-    pub enabled: bool,
+    enabled: bool,
+    /// It was enabled once: what an earlier process fetched is carried out, though it may be disabled before it stops.
+    was_enabled: bool,
+    /// So many of the heads that are fetched next were asked for before another session had the volume: they fail.
+    pub fenced: usize,
+    /// Since when its next chain names memory that is not there: it may be on its way.
+    pub outside_since: Option<Instant>,
     /// It makes no sense; nothing is fetched from it until it is started anew.
     pub broken: bool,
     /// It is to end once what was fetched is answered.
     pub stopping: bool,
     /// A write must be durable when it is answered: the driver has not accepted FLUSH.
     pub writethrough: bool,
-    number: u16,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
@@ -42,10 +48,12 @@ impl Served {
         let mut served = Self {
             queue: Queue::start(&mut start)?,
             enabled: start.enabled,
+            was_enabled: start.enabled,
+            fenced: 0,
+            outside_since: None,
             broken: false,
             stopping: false,
-            writethrough: start.features & FEATURE_FLUSH == 0,
-            number: start.queue,
+            writethrough: start.features & FLUSH == 0,
             kick: None,
             call: None,
             error: None,
@@ -53,6 +61,9 @@ impl Served {
         served.set(Bell::Call, start.call, poller, token)?;
         served.set(Bell::Error, start.error, poller, token)?;
         served.set(Bell::Kick, start.kick, poller, token)?;
+        // A process that was killed may have shown the guest answers and not notified it any more; by its event index the
+        // guest would then not ask for the next notification either. One too many is harmless.
+        served.call();
         Ok(served)
     }
 
@@ -83,10 +94,20 @@ impl Served {
                     poller.remove(old.as_fd());
                 }
             }
-            Bell::Call => self.call = fd,
+            Bell::Call => {
+                self.call = fd;
+                // What was shown while the old one was on its way out may have told nobody.
+                self.call();
+            }
             Bell::Error => self.error = fd,
         }
         Ok(())
+    }
+
+    /// Serves it, or leaves it alone (VHOST_USER_SET_VRING_ENABLE).
+    pub fn enable(&mut self, enabled: bool) {
+        self.enabled = enabled;
+        self.was_enabled |= enabled;
     }
 
     /// Whether nothing tells of its work: it has to be looked at.
@@ -97,12 +118,19 @@ impl Served {
     /// Whether chains are to be fetched now.
     pub fn is_open(&self) -> bool {
         // What an earlier process fetched must be answered before the queue may stop.
-        self.enabled && !self.broken && (!self.stopping || self.queue.orphans() > 0)
+        let left = self.stopping && self.was_enabled && self.queue.orphans() > 0;
+        !self.broken && (left || (self.enabled && !self.stopping))
+    }
+
+    /// Whether it is worth looking for chains now: the next one does not wait for memory.
+    pub fn can_fetch(&self) -> bool {
+        self.is_open() && self.outside_since.is_none()
     }
 
     /// Whether it was told to stop and has nothing left to answer.
     pub fn has_stopped(&self) -> bool {
-        self.stopping && self.queue.open() == 0 && (self.queue.orphans() == 0 || self.broken || !self.enabled)
+        let nothing_left = self.queue.orphans() == 0 || self.broken || !self.was_enabled;
+        self.stopping && self.queue.open() == 0 && nothing_left
     }
 
     /// Takes the guest's notification.
@@ -119,20 +147,29 @@ impl Served {
         }
     }
 
+    /// Whether a chain that names memory which is not there is to be tried again: a front-end that rearranges the guest's memory
+    /// takes a part of it away before it brings it again.
+    pub fn may_come(&mut self, now: Instant) -> bool {
+        now.saturating_duration_since(*self.outside_since.get_or_insert(now)) < REARRANGED_WITHIN
+    }
+
     /// Shows the guest what was answered, and notifies it if it wants that.
     pub fn publish(&mut self) {
-        if self.queue.publish()
-            && let Some(call) = &self.call
-        {
+        if self.queue.publish() {
+            self.call();
+        }
+    }
+
+    fn call(&self) {
+        if let Some(call) = &self.call {
             // A counter that is full has notified already; any other error is the front-end's loss.
             let _ = rustix::io::write(call, &1u64.to_ne_bytes());
         }
     }
 
     /// Fetches nothing more and tells the front-end.
-    pub fn break_down(&mut self, why: &QueueError) {
+    pub fn break_down(&mut self) {
         self.broken = true;
-        tracing::warn!(queue = self.number, reason = %why, "guest broke its queue, it is not served until it is reset");
         if let Some(error) = &self.error {
             let _ = rustix::io::write(error, &1u64.to_ne_bytes());
         }

@@ -7,7 +7,7 @@ use crate::vhost::gateway::{Gateway, GatewayLink};
 use crate::vhost::inflight::InflightRegion;
 use prometheus_client::registry::Registry;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use spline_link::{Mode, VolumeTraits};
+use spline_link::{Identity, Mode, Refusal, VolumeTraits};
 use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -56,27 +56,31 @@ impl Place {
 
     /// A worker whose gateway has not answered yet.
     fn unwelcomed() -> Self {
+        Self::with(Some(Gateway::hello()))
+    }
+
+    fn with(hello: Option<Hello>) -> Self {
         let gateway = Gateway::new();
         let (orders, reports) =
             (Arc::new(Mailbox::new().expect("fd")), Arc::new(Mailbox::new().expect("fd")));
+        let size = Arc::default();
         let setup = Setup {
             number: 0,
             gateway: gateway.path(),
             export: Export {
-        let size = Arc::default();
                 name: "disk0".into(),
                 description: String::new(),
                 geometry: Geometry { size: 0, block_size: BlockSize::B4096 },
                 traits: VolumeTraits::default(),
                 read_only: false,
             },
+            size: Arc::clone(&size),
             serial: "disk0".into(),
             metrics: Families::new(&mut Registry::default()).of("disk0", "vhost-0"),
             orders: Arc::clone(&orders),
             reports: Arc::clone(&reports),
-            size: Arc::clone(&size),
         };
-        let worker = Worker::new(setup, Some(Gateway::hello())).expect("makes");
+        let worker = Worker::new(setup, hello).expect("makes");
         let thread = std::thread::spawn(|| worker.run());
         let link = GatewayLink(UnixStream::pair().expect("a pair").0);
         let (kick, call, error) = (bell(), bell(), bell());
@@ -211,10 +215,6 @@ fn a_guest_that_is_early_waits_until_the_volume_is_known() {
 }
 
 #[test]
-fn replay_before_new() {
-    let mut place = Place::serving();
-    place.driver.put(BUFFERS, &[1; 512]);
-#[test]
 fn a_guest_may_use_what_another_worker_has_heard_of() {
     let mut place = Place::serving();
     let end = place.size.load(Ordering::Acquire);
@@ -229,6 +229,10 @@ fn a_guest_may_use_what_another_worker_has_heard_of() {
     assert_eq!((place.used(), place.status(4)), (vec![(4, 1)], 0));
 }
 
+#[test]
+fn replay_before_new() {
+    let mut place = Place::serving();
+    place.driver.put(BUFFERS, &[1; 512]);
     place.write(0, 0, 0, 512);
     place.read(4, 1, 4096, 512);
     let first: Vec<_> = (0..2).map(|_| place.link.request().0).collect();
@@ -388,4 +392,59 @@ fn it_says_goodbye() {
     let mut link = GatewayLink(place.link.0.try_clone().expect("duplicates"));
     drop(place);
     assert!(link.says_goodbye());
+}
+
+#[test]
+fn a_worker_that_joins_a_served_volume_does_not_give_it_up() {
+    let mut place = Place::with(None);
+    let hello = Hello { identity: Identity::new(0, 1), ..Gateway::hello() };
+    place.orders.put(Order::Join(Box::new(hello)));
+    assert_eq!(place.done(), Done::Other);
+    // The first worker's guest is being served: an error that may pass must not end its disk.
+    place.gateway.refuse(Refusal::Internal);
+    place.welcome(OnUnavailable::Wait);
+}
+
+#[test]
+fn a_guest_that_a_killed_process_did_not_notify_is_notified_at_the_start() {
+    let mut place = Place::new(OnUnavailable::Wait);
+    place.start(None);
+    await_ready(place.call.as_fd(), "a notification");
+}
+
+#[test]
+fn what_was_asked_before_another_had_the_volume_is_not_written_over_what_that_one_wrote() {
+    let (fd, length) = InflightRegion::create(1, 64).expect("creates");
+    let region = Arc::new(InflightRegion::adopt(fd.as_fd(), (0, length), 1, 64).expect("adopts"));
+    let mut place = Place::new(OnUnavailable::Wait);
+    place.start(Some(&region));
+    place.write(0, 0, 0, 512);
+    place.link.request();
+    place.orders.put(Order::Abandon);
+    place.link.request();
+    place.link.say(Message::Lost);
+    assert!(matches!(place.report(), Report::Lost));
+    assert_eq!(place.done(), Done::Abandoned);
+    place.orders.put(Order::Reopen);
+    assert_eq!(place.done(), Done::Other);
+    place.welcome(OnUnavailable::Wait);
+    place.start(Some(&region));
+    assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 1), "fenced");
+    place.write(4, 0, 0, 512);
+    let (request, _) = place.link.request();
+    place.link.done(request.id, &[]);
+    assert_eq!((place.used(), place.status(4)), (vec![(4, 1)], 0));
+}
+
+#[test]
+fn a_chain_waits_a_moment_for_memory_that_was_taken_away() {
+    let mut place = Place::serving();
+    place.write(0, 0, 0, 512);
+    let (request, _) = place.link.request();
+    place.link.done(request.id, &[]);
+    place.used();
+    // Outside everything: broken, but not at once.
+    place.driver.chain(4, &[(1 << 50, 16, false), (STATUS + 4, 1, true)]);
+    place.kick_off(4);
+    assert!(matches!(place.report(), Report::Broken { queue: 0, why: QueueError::Outside(_) }));
 }
