@@ -103,7 +103,8 @@ impl Load {
     }
 }
 
-fn figures(mut latencies: Vec<f64>, elapsed: Duration) -> Figures {
+/// Figures of latencies in microseconds; all of them were measured within `elapsed`.
+pub fn figures(mut latencies: Vec<f64>, elapsed: Duration) -> Figures {
     latencies.sort_by(f64::total_cmp);
     let count = latencies.len();
     let at =

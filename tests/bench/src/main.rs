@@ -5,8 +5,11 @@ use clap::Parser;
 use spline_bench::fio::{self, Figures, WORKLOADS, Workload};
 use spline_bench::peers::Peer;
 use spline_bench::report::{Series, table};
-use spline_bench::{cpu, floor, load};
-use spline_harness::{Cluster, Dev, Export, Rig};
+use spline_bench::rest::{self, Resting};
+use spline_bench::{cpu, floor, guest, load};
+use spline_harness::storage_daemon::Serving;
+use spline_harness::vhost::Shown;
+use spline_harness::{Cluster, Dev, Export, Rig, StorageDaemon, VhostExport};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +26,7 @@ struct Args {
     /// Bytes of each volume that are used; filled with data before the first round.
     #[arg(long, default_value_t = 1 << 30)]
     span: u64,
-    /// Only this engine: file or cluster.
+    /// Only this part: file, cluster, vhost (a file, as a guest's disk) or vhost-cluster.
     #[arg(long)]
     engine: Option<String>,
     /// Only workloads whose name contains this, such as "4K randwrite".
@@ -41,17 +44,30 @@ struct Target {
     socket: PathBuf,
     export: String,
     pids: Vec<u32>,
+    is_vhost: bool,
 }
 
 impl Target {
     fn ours(name: &'static str, export: &Export, pids: Vec<u32>) -> Self {
         let (socket, volume) = (export.socket.clone(), export.volume.clone());
-        Self { name, uri: export.uri(), socket, export: volume, pids }
+        Self { name, uri: export.uri(), socket, export: volume, pids, is_vhost: false }
     }
 
     fn peer(name: &'static str, peer: &Peer) -> Self {
         let (uri, socket) = (peer.uri().to_owned(), peer.socket().to_owned());
-        Self { name, uri, socket, export: String::new(), pids: vec![peer.pid()] }
+        Self { name, uri, socket, export: String::new(), pids: vec![peer.pid()], is_vhost: false }
+    }
+
+    /// A device that a guest drives.
+    fn vhost(name: &'static str, socket: &Path, pids: Vec<u32>) -> Self {
+        Self {
+            name,
+            uri: String::new(),
+            socket: socket.to_owned(),
+            export: String::new(),
+            pids,
+            is_vhost: true,
+        }
     }
 }
 
@@ -75,6 +91,7 @@ impl Client {
     fn run(self, target: &Target, workload: &Workload, args: &Args) -> anyhow::Result<Figures> {
         match self {
             Self::Fio => fio::run(&target.uri, workload, args.span, args.seconds),
+            Self::Own if target.is_vhost => guest::run(&target.socket, workload, args.span, args.seconds),
             Self::Own => load::run(&target.socket, &target.export, workload, args.span, args.seconds),
         }
         .with_context(|| format!("{} by {} on {}", workload.name, self.name(), target.name))
@@ -98,6 +115,12 @@ fn main() -> anyhow::Result<()> {
     if wanted("cluster") {
         text += &cluster(&args)?;
     }
+    if wanted("vhost") {
+        text += &vhost_on_a_file(&args)?;
+    }
+    if wanted("vhost-cluster") {
+        text += &vhost_on_a_cluster(&args)?;
+    }
     print!("{text}");
     std::fs::write(&args.out, text).with_context(|| format!("cannot write {}", args.out.display()))
 }
@@ -115,7 +138,8 @@ fn file_engine(args: &Args) -> anyhow::Result<String> {
         Target::ours("nebd + gateway, direct IO", &ours, pids_of(&rig, &ours)?),
         Target::ours("nebd + gateway, page cache", &ours_cached, pids_of(&cached, &ours_cached)?),
     ];
-    let text = measure(args, &targets, rig.dir())?;
+    fill(args, &targets)?;
+    let text = measure(args, &Client::ALL, &targets, rig.dir())?;
     Ok(format!(
         "\n## File engine\n\nnbdkit serves from the page cache, as our gateway does with `file_io = \"buffered\"`; the others use direct IO.\n{text}"
     ))
@@ -152,23 +176,83 @@ fn cluster(args: &Args) -> anyhow::Result<String> {
             socket: dev.socket()?,
             export: dev.fact("volume")?,
             pids: dev.pids()?,
+            is_vhost: false,
         },
     ];
-    let text = measure(args, &targets, cluster.dir())?;
+    fill(args, &targets)?;
+    let text = measure(args, &Client::ALL, &targets, cluster.dir())?;
     Ok(format!(
         "\n## Cluster\n\nThree chunkservers on one disk, three replicas; a write is answered after a majority synced its log.\n{text}"
     ))
 }
 
-fn measure(args: &Args, targets: &[Target], dir: &Path) -> anyhow::Result<String> {
+/// A guest's disk: the same driver on the same file, served by qemu-storage-daemon and by us.
+fn vhost_on_a_file(args: &Args) -> anyhow::Result<String> {
+    let rig = Rig::file()?;
+    let volume = rig.create("disk", args.span)?;
+    let file = rig.dir().join("disk.img");
+    let nbd = rig.export(&volume, false)?;
+    fill(args, &[Target::ours("the file", &nbd, Vec::new())])?;
+    drop(nbd);
+    let shown = Shown { read_only: false, queues: 1 };
+    let ours = rig.export_to_guest(&volume, shown)?;
+    let daemon = StorageDaemon::start(rig.dir(), "daemon", &file, Serving { read_only: false, queues: 1 })?;
+    let nebd = ours.nebd.id().context("nebd does not run")?;
+    let targets = [
+        Target::vhost("qemu-storage-daemon", &daemon.socket, daemon.process.id().into_iter().collect()),
+        Target::vhost(
+            "nebd + gateway",
+            &ours.socket,
+            [Some(nebd), rig.gateway().id()].into_iter().flatten().collect(),
+        ),
+    ];
+    let text = measure(args, &[Client::Own], &targets, rig.dir())?;
+    let resting: Vec<Resting<'_>> = targets
+        .iter()
+        .map(|target| Resting { name: target.name, socket: &target.socket, pids: &target.pids })
+        .collect();
+    Ok(format!(
+        "\n## A guest's disk (vhost-user-blk), file engine\n\nThe `blkio` crate's driver, one virtqueue, on one file that both serve in turn: \
+         qemu-storage-daemon with cache.direct=on, aio=io_uring and an iothread.\n{text}{}",
+        rest::table(&resting)?
+    ))
+}
+
+/// A volume of one cluster, over NBD and as a guest's disk.
+fn vhost_on_a_cluster(args: &Args) -> anyhow::Result<String> {
+    let cluster = Cluster::start()?;
+    cluster.create_volume("bench", &args.span.to_string())?;
+    let nbd = cluster.export("bench", false)?;
+    let shown = Shown { read_only: false, queues: 1 };
+    let vhost = VhostExport::start(cluster.dir(), &cluster.gateway_socket(), "bench", shown)?;
+    let processes = cluster.chunkservers.iter().chain([&cluster.mds, &cluster.gateway]);
+    let servers: Vec<u32> = processes.filter_map(|process| process.id()).collect();
+    let with = |nebd: Option<u32>| nebd.into_iter().chain(servers.iter().copied()).collect();
+    let targets = [
+        Target::ours("NBD", &nbd, with(nbd.nebd.id())),
+        Target::vhost("vhost-user-blk", &vhost.socket, with(vhost.nebd.id())),
+    ];
+    fill(args, &targets)?;
+    let text = measure(args, &[Client::Own], &targets, cluster.dir())?;
+    Ok(format!(
+        "\n## A guest's disk (vhost-user-blk), cluster\n\nOne volume of one cluster, over NBD and to a guest's driver.\n{text}"
+    ))
+}
+
+/// Writes every target once, so that reads find data.
+fn fill(args: &Args, targets: &[Target]) -> anyhow::Result<()> {
     let fill = Workload { name: "fill", rw: "write", block_bytes: 1 << 20, depth: 8 };
-    for target in targets {
-        fio::fill(&target.uri, &fill, args.span).with_context(|| format!("filling {}", target.name))?;
-    }
+    let mut targets = targets.iter().filter(|target| !target.is_vhost);
+    targets.try_for_each(|target| {
+        fio::fill(&target.uri, &fill, args.span).with_context(|| format!("filling {}", target.name))
+    })
+}
+
+fn measure(args: &Args, clients: &[Client], targets: &[Target], dir: &Path) -> anyhow::Result<String> {
     let mut text = String::new();
     let mut floors = Vec::new();
     for workload in WORKLOADS.iter().filter(|workload| workload.name.contains(&args.workload)) {
-        for client in Client::ALL {
+        for client in clients.iter().copied() {
             let rows = rounds(args, client, workload, targets, dir, &mut floors)?;
             text += &table(&format!("{}, {}", workload.name, client.name()), workload.block_bytes, &rows);
         }
