@@ -1,6 +1,6 @@
 //! The in-flight table: every request that a guest waits for, until it is answered. Pure.
 //!
-//! Called by `volume`. Must not know: sockets, NBD, the link's encoding.
+//! Called by `volume`, and by the workers of a device, each with one of its own. Must not know: sockets, NBD, the link's encoding.
 //!
 //! `complete_once`: an entry leaves the table when it is completed, and only then is it handed out; a second
 //! completion finds nothing. `replay_before_new`: ids grow, requests are sent in the order of their ids, and a lost

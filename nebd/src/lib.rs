@@ -1,14 +1,14 @@
 //! nebd: the guest's process. Serves one or more volumes, each as an export of its own; stands between a guest that must not
 //! notice anything and a gateway that may be upgraded or die at any moment.
 //!
-//! Knows: NBD, the link, the in-flight table, replay.
+//! Knows: NBD, vhost-user-blk, the link, the in-flight table, replay.
 //! Must never know: the cluster, its clients and servers, gRPC, raft, tokio. It is rarely released and an upgrade never
-//! restarts it, so it stays small: one event-loop thread, a handful of descriptors, under 8 MiB resident.
+//! restarts it, so it stays small: a thread for NBD, a few for a device, a handful of descriptors, under 8 MiB resident.
 //!
 //! Modules in the order in which a request meets them: [`config`], [`doors`], [`confine`] (once) → [`event_loop`] over
 //! [`poller`] → [`listener`] → [`nbd`] ([`nbd::connection`], [`nbd::handshake`], [`nbd::transmission`]) reading by [`receive`]
 //! → [`export`] → [`volume`] → [`inflight`] → [`link`] → the gateway, and back through [`nbd::reply`] and
-//! [`send_queue`]. [`budget`] bounds the memory of all clients together. [`metrics`], [`memory`] and [`status_file`] stand beside.
+//! [`send_queue`]; for a device [`vhost`] in place of [`event_loop`] to [`volume`]. [`budget`] bounds the memory of all clients together. [`metrics`], [`memory`] and [`status_file`] stand beside.
 
 pub mod budget;
 pub mod config;

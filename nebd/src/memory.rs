@@ -1,7 +1,7 @@
 //! The allocator's manners: freed buffers are kept while there is work, and given back when there is none.
 //!
 //! Called by `main` at the start, and by the event loop when nothing has happened for a while: a quiet nebd stays
-//! under 8 MiB, whatever it did before. The only `unsafe` of this crate.
+//! under 8 MiB, whatever it did before. One of the few places with `unsafe`.
 
 /// Freed bytes that the allocator keeps, and size from which it maps each buffer anew: the largest request, so that
 /// a stream of large requests does not fault in its pages again and again. glibc allows no more than 32 MiB.

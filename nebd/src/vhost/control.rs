@@ -217,7 +217,10 @@ impl Control {
                         );
                     }
                 }
-                Report::Lost => self.lost = true,
+                Report::Lost { worker } => {
+                    self.lost = true;
+                    self.crew.lost(worker);
+                }
                 Report::Ended(result) => result?,
             }
         }

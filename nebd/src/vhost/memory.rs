@@ -17,7 +17,7 @@ pub use dirty_log::DirtyLog;
 pub use mapping::{MapError, Mapping};
 pub use ring::Ring;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -76,24 +76,18 @@ pub struct OutsideMemory {
 #[derive(Debug)]
 pub struct Region {
     place: RegionPlace,
-    fd: OwnedFd,
     mapping: Mapping,
 }
 
 impl Region {
-    fn map(place: RegionPlace, fd: OwnedFd) -> Result<Self, MemoryError> {
+    fn map(place: RegionPlace, fd: &OwnedFd) -> Result<Self, MemoryError> {
         let ends =
             (place.guest_address.checked_add(place.length), place.user_address.checked_add(place.length));
         let (Some(_), Some(_)) = ends else { return Err(MemoryError::Wraps(place)) };
         match Mapping::shared(fd.as_fd(), place.offset, place.length) {
-            Ok(mapping) => Ok(Self { place, fd, mapping }),
+            Ok(mapping) => Ok(Self { place, mapping }),
             Err(why) => Err(MemoryError::Map { guest_address: place.guest_address, why }),
         }
-    }
-
-    /// Its file, from which others may map it.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
     }
 
     /// Where it lies.
@@ -166,7 +160,7 @@ impl GuestMemory {
         if self.regions.len() >= REGIONS_MAX {
             return Err(MemoryError::TooMany);
         }
-        let region = Region::map(place, fd)?;
+        let region = Region::map(place, &fd)?;
         if let Some(other) = self.regions.iter().find(|other| other.overlaps(&region)) {
             return Err(MemoryError::Overlap(other.guest_address(), place.guest_address));
         }

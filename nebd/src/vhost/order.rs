@@ -132,7 +132,10 @@ pub enum Report {
         why: QueueError,
     },
     /// A newer session has the volume: every request fails until a front-end connects anew.
-    Lost,
+    Lost {
+        /// Who has heard of it.
+        worker: usize,
+    },
     /// The worker has ended, with this error unless it was told to.
     Ended(anyhow::Result<()>),
 }

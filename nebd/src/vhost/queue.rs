@@ -7,6 +7,7 @@
 use super::inflight::{QueueRecord, RecordError, Recovered};
 use super::memory::{GuestMemory, OutsideMemory, Ring, Segment};
 use super::order::{QueueStart, Rings};
+use crate::config::QUEUE_SIZE_MAX;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use thiserror::Error;
@@ -15,8 +16,6 @@ use thiserror::Error;
 pub const FEATURE_INDIRECT: u64 = 1 << 28;
 /// VIRTIO_F_RING_EVENT_IDX.
 pub const FEATURE_EVENT_INDEX: u64 = 1 << 29;
-/// Largest queue: what QEMU allows.
-pub const QUEUE_SIZE_MAX: u16 = 1024;
 /// Descriptors of an indirect table: as many as the largest queue has.
 const INDIRECT_MAX: usize = QUEUE_SIZE_MAX as usize;
 /// Bytes of a descriptor (virtio 1.2, 2.7.5).

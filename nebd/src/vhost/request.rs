@@ -6,6 +6,7 @@
 use super::memory::{GuestMemory, Segment};
 use super::queue::{Chain, QueueError};
 use super::status::BlkStatus;
+use crate::config::SERIAL_BYTES;
 use crate::export::Export;
 use spline_types::{BlockOp, ByteRange, Fault};
 
@@ -15,8 +16,6 @@ const HEADER_BYTES: usize = 16;
 pub const SECTOR_BYTES: u64 = 512;
 /// Longest range that one discard or zeroing may have, bytes: a segment of the cluster, so 64 chunks at a time.
 pub const RANGE_BYTES_MAX: u64 = 1 << 30;
-/// Bytes of a serial number (VIRTIO_BLK_T_GET_ID).
-pub const SERIAL_BYTES: usize = 20;
 
 const TYPE_IN: u32 = 0;
 const TYPE_OUT: u32 = 1;

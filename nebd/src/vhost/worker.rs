@@ -375,7 +375,7 @@ impl Worker {
             Next::GiveUp(reason) => anyhow::bail!(reason),
             Next::Fenced => {
                 (self.lost, self.was_lost) = (true, true);
-                self.setup.reports.put(Report::Lost);
+                self.setup.reports.put(Report::Lost { worker: self.setup.number });
                 for entry in self.table.drain() {
                     self.answer(entry, Err(Fault::Fenced));
                 }

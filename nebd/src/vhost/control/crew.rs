@@ -14,6 +14,10 @@ struct Member {
     orders: Arc<Mailbox<Order>>,
     /// It opens the volume.
     joined: bool,
+    /// It has heard that the volume is lost, and was not told to open it again.
+    lost: bool,
+    /// It had heard so before the volume was opened again for the last time.
+    told_lost: bool,
     /// It was given queues that were not abandoned since.
     busy: bool,
     /// It is waited for to have nothing left of what was abandoned.
@@ -38,6 +42,8 @@ impl Crew {
         let members = workers.into_iter().enumerate().map(|(number, orders)| Member {
             orders,
             joined: number == 0,
+            lost: false,
+            told_lost: false,
             busy: false,
             abandoning: false,
             others: 0,
@@ -104,9 +110,24 @@ impl Crew {
         }
     }
 
-    /// The volume was lost, and somebody wants it again.
+    /// The volume was lost, and a front-end that came since wants it again.
     pub fn reopen(&mut self) {
-        self.members.iter_mut().filter(|member| member.joined).for_each(|member| member.tell(Order::Reopen));
+        for member in self.members.iter_mut().filter(|member| member.joined) {
+            member.told_lost = std::mem::replace(&mut member.lost, false);
+            member.tell(Order::Reopen);
+        }
+    }
+
+    /// A worker has heard that the volume is lost. If it hears what others had heard before the front-end came, it opens the
+    /// volume again as they did: once, or two hosts would take it from each other for ever.
+    pub fn lost(&mut self, worker: usize) {
+        let reopened = self.members.iter().any(|member| member.told_lost);
+        let Some(member) = self.members.get_mut(worker) else { return };
+        if reopened && !std::mem::replace(&mut member.told_lost, true) {
+            member.tell(Order::Reopen);
+        } else {
+            member.lost = true;
+        }
     }
 
     /// A worker has done something.

@@ -402,7 +402,7 @@ fn a_guest_is_told_of_a_new_size() {
 #[test]
 fn a_lost_volume_is_wanted_back_by_the_next_front_end() {
     let rig = Rig::open(1);
-    rig.reports.put(Report::Lost);
+    rig.reports.put(Report::Lost { worker: 0 });
     rig.accept(1 << 30);
     let mut front = rig.connect();
     assert!(matches!(rig.told(0)[..], [Order::Reopen]));

@@ -331,7 +331,7 @@ fn a_lost_volume_fails_requests_until_it_is_had_again() {
     place.write(0, 0, 0, 512);
     place.link.request();
     place.link.say(Message::Lost);
-    assert!(matches!(place.report(), Report::Lost));
+    assert!(matches!(place.report(), Report::Lost { worker: 0 }));
     assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 1));
     place.write(4, 0, 0, 512);
     assert_eq!((place.used(), place.status(4)), (vec![(4, 1)], 1));
@@ -423,7 +423,7 @@ fn what_was_asked_before_another_had_the_volume_is_not_written_over_what_that_on
     place.orders.put(Order::Abandon);
     place.link.request();
     place.link.say(Message::Lost);
-    assert!(matches!(place.report(), Report::Lost));
+    assert!(matches!(place.report(), Report::Lost { worker: 0 }));
     assert_eq!(place.done(), Done::Abandoned);
     place.orders.put(Order::Reopen);
     assert_eq!(place.done(), Done::Other);
