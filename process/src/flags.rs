@@ -3,7 +3,7 @@
 //! Called by each `main.rs`, which flattens [`CommonFlags`] into its own clap struct.
 
 use crate::ready::{self, PidFile};
-use crate::{config, logs};
+use crate::{config, logs, open_files};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
@@ -27,7 +27,8 @@ pub struct CommonFlags {
 
 impl CommonFlags {
     /// Loads the config file and lets `overrides` apply the process's own flags. With `--print-config` prints the
-    /// result and answers `None`: the process has nothing else to do. Otherwise sets up logging for `process`.
+    /// result and answers `None`: the process has nothing else to do. Otherwise sets up logging for `process`, and lets it
+    /// open as many files as it may.
     ///
     /// # Errors
     /// Those of [`config::load`], `overrides`, [`config::print`] and [`logs::init`].
@@ -46,6 +47,7 @@ impl CommonFlags {
             return Ok(None);
         }
         logs::init(process, self.log_json)?;
+        open_files::raise();
         Ok(Some(loaded))
     }
 

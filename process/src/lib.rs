@@ -5,13 +5,14 @@
 //! Knows: TOML, clap, tracing, OpenMetrics text, signals, systemd's notify socket.
 //! Must never know: what the process does, the cluster, any wire format.
 //!
-//! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → [`metrics`] → [`ready`] →
+//! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → `open_files` → [`metrics`] → [`ready`] →
 //! [`signals`].
 
 pub mod config;
 pub mod flags;
 pub mod logs;
 pub mod metrics;
+mod open_files;
 pub mod ready;
 pub mod signals;
 
