@@ -196,11 +196,14 @@ impl Guest {
     /// # Errors
     /// If it does not in time.
     pub fn wait_for_console(&mut self, text: &str) -> anyhow::Result<()> {
-        wait_until(text, GUEST_LIMIT, || {
-            ensure!(self.child.try_wait()?.is_none(), "the guest has ended");
-            Ok(self.console()?.contains(text).then_some(()))
-        })
-        .with_context(|| self.shown(&format!("did not show {text:?}")))
+        let shown = wait_until(text, GUEST_LIMIT, || {
+            let ended = self.child.try_wait()?.is_some();
+            let shown = self.console()?.contains(text);
+            Ok((shown || ended).then_some(shown))
+        });
+        let shown = shown.with_context(|| self.shown(&format!("did not show {text:?}")))?;
+        ensure!(shown, self.shown(&format!("ended before it showed {text:?}")));
+        Ok(())
     }
 
     /// A connection to its QEMU.

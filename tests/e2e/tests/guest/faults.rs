@@ -10,9 +10,9 @@ use spline_harness::{Cluster, Guest, Stalls, rounds};
 use std::io::Write;
 
 /// Answers of the disk to see before a fault and after it.
-const BEATS: usize = 10;
+const BEATS: usize = 5;
 /// Rounds of each fault in `make test`.
-const USUAL_ROUNDS: usize = 2;
+const USUAL_ROUNDS: usize = 1;
 const SIZE: u64 = 128 << 20;
 /// What the kernel calls the disk that is plugged in: behind the first one and the one with the programs.
 const PLUGGED: &str = "vdc";

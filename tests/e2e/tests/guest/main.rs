@@ -3,6 +3,7 @@
 //! Guests are `qemu/run-guest` with a script of [`scripts`]; without KVM they are emulated and slow, so the loads are small.
 
 mod block_sizes;
+mod command;
 mod debian;
 mod faults;
 mod file_systems;
