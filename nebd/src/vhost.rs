@@ -106,8 +106,8 @@ fn serve(
     let result =
         catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(anyhow::anyhow!("control panicked")));
     mailboxes.iter().for_each(|orders| orders.put(Order::End));
-    let panicked =
-        threads.into_iter().map(|thread| thread.join().is_err()).fold(false, |any, this| any || this);
-    anyhow::ensure!(!panicked, "a worker panicked");
+    // Each is waited for.
+    let panicked = threads.into_iter().filter_map(|thread| thread.join().err()).count();
+    anyhow::ensure!(panicked == 0, "a worker panicked");
     result
 }

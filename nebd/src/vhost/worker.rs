@@ -449,7 +449,8 @@ impl Worker {
     /// Whether a queue has work of which no notification will tell.
     fn listen_all(&mut self) -> bool {
         let open = self.queues.values_mut().filter(|served| served.can_fetch());
-        open.fold(false, |more, served| served.queue.listen() || more)
+        // Each of them is to listen, whatever another has.
+        open.filter_map(|served| served.queue.listen().then_some(())).count() > 0
     }
 
     /// Whether the table has room for more.
