@@ -366,6 +366,12 @@ impl Control {
                 Err(ended) => return self.part(&ended),
             }
         }
+        // The turn may have ended with a message: while its reply is held, no more of them would be looked for.
+        if let Some(front) = &mut self.front
+            && let Err(ended) = front.send(&self.crew)
+        {
+            return self.part(&ended);
+        }
         self.watch()
     }
 

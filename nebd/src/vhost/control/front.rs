@@ -98,12 +98,7 @@ impl Front {
     /// # Errors
     /// The connection is to be closed.
     pub fn step(&mut self, crew: &mut Crew, ending: bool) -> Result<Step, Ended> {
-        let obeyed = crew.has_obeyed() && (!self.after_abandon || crew.has_abandoned());
-        if obeyed && let Some(reply) = self.reply.take() {
-            self.after_abandon = false;
-            self.connection.reply(reply);
-        }
-        self.connection.flush()?;
+        self.send(crew)?;
         if ending || !self.reads(crew) {
             return Ok(Step::Idle);
         }
@@ -111,6 +106,19 @@ impl Front {
             Some(received) => self.take(received, crew),
             None => Ok(Step::Idle),
         }
+    }
+
+    /// Sends what may be sent.
+    ///
+    /// # Errors
+    /// The connection is to be closed.
+    pub fn send(&mut self, crew: &Crew) -> Result<(), Ended> {
+        let obeyed = crew.has_obeyed() && (!self.after_abandon || crew.has_abandoned());
+        if obeyed && let Some(reply) = self.reply.take() {
+            self.after_abandon = false;
+            self.connection.reply(reply);
+        }
+        Ok(self.connection.flush()?)
     }
 
     fn take(&mut self, received: Received, crew: &mut Crew) -> Result<Step, Ended> {

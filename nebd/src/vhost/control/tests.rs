@@ -468,3 +468,17 @@ fn a_front_end_that_may_not_know_the_size_is_told_when_it_starts_a_queue() {
     }
     rig.end().expect("ends well");
 }
+
+#[test]
+fn more_messages_than_a_turn_takes_are_all_answered() {
+    let rig = Rig::open(1);
+    let mut front = rig.connect();
+    front.agree();
+    let count = 3 * MESSAGES_PER_TURN;
+    // They lie there before the first is taken, so that one turn could take them all.
+    (0..count).for_each(|_| front.send(17, 1, &[], None));
+    for _ in 0..count {
+        assert_eq!(front.reply().0, 17);
+    }
+    rig.end().expect("ends well");
+}
