@@ -8,9 +8,10 @@ use crate::vhost::inflight::InflightRegion;
 use prometheus_client::registry::Registry;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use spline_link::{Identity, Mode, Refusal, VolumeTraits};
-use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
+use spline_types::{BlockOp, BlockSize, Epoch, Geometry, OnUnavailable};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 /// Where a test's status bytes lie, one for each head.
