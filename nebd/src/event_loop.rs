@@ -31,9 +31,9 @@ const CONNECTIONS: u64 = 16;
 /// Clients taken from a listener before others get their turn.
 const ACCEPTS_PER_TURN: usize = 16;
 /// Pause of accepting after it failed: descriptors do not come back at once.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// Longest wait for open requests at a clean stop.
-const STOP_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// Quiet time after which memory is given back.
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 

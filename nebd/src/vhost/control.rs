@@ -12,7 +12,7 @@ pub mod front;
 
 use crate::config::CheckedVhost;
 use crate::doors::VhostDoors;
-use crate::event_loop::Serving;
+use crate::event_loop::{ACCEPT_PAUSE, STOP_LIMIT, Serving};
 use crate::export::Export;
 use crate::metrics::Metrics;
 use crate::poller::Poller;
@@ -34,10 +34,6 @@ const STOP: u64 = 0;
 const REPORTS: u64 = 1;
 const LISTENER: u64 = 2;
 const FRONT: u64 = 3;
-/// Pause of accepting after it failed: descriptors do not come back at once.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
-/// Longest wait for open requests at a clean stop.
-const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// Wait of a front-end after which the log says so: workers need milliseconds unless the gateway is away.
 const SLOW_AFTER: Duration = Duration::from_secs(5);
 /// Messages taken before reports get their turn.

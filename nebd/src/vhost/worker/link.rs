@@ -71,13 +71,10 @@ impl Worker {
     /// What an abandoned connection had sent over a link that is gone must not be sent again: its memory may hold anything
     /// by now. That it has ended is proven by a probe.
     pub(super) fn drop_abandoned(&mut self) {
-        let mut abandoned = Vec::new();
-        for id in self.table.unsent() {
-            if matches!(self.table.get(id), Some(Entry { context: Asked::Guest(guest), .. }) if guest.abandoned)
-            {
-                abandoned.push(id);
-            }
-        }
+        let is_abandoned =
+            |entry: &Entry<Asked>| matches!(&entry.context, Asked::Guest(guest) if guest.abandoned);
+        let unsent = self.table.unsent();
+        let abandoned: Vec<_> = unsent.filter(|id| self.table.get(*id).is_some_and(is_abandoned)).collect();
         if !abandoned.is_empty() {
             abandoned.into_iter().for_each(|id| drop(self.table.forget(id)));
             self.probe();
