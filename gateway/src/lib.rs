@@ -6,8 +6,8 @@
 //! Must never know: NBD, vhost-user, who is in front of a link; raft, how chunkservers store.
 //!
 //! Modules in the order in which a request meets them: [`config`] → `listener` → `link` → `registry` → `session` →
-//! `admission` → [`engine`] (`split` → `fanout` for the cluster) and back through `link`; `buffer` holds payloads,
-//! `metrics` counts, `service` answers operators.
+//! `admission` → [`engine`] (`split` → `fanout` for the cluster) and back through `link`; `buffer` and `shared` hold payloads,
+//! `metrics` counts, `service` answers operators, `watchdog` tells systemd that all of it gets on.
 
 #![deny(unsafe_code)]
 
@@ -24,7 +24,9 @@ mod metrics;
 mod registry;
 mod service;
 mod session;
+mod shared;
 mod split;
+mod watchdog;
 
 pub use config::{Config, FileIo};
 pub use gateway::Gateway;

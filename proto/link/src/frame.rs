@@ -145,7 +145,8 @@ impl Header {
     }
 }
 
-fn op_code(request: &BlockRequest) -> (u8, u16) {
+/// The codes of a request's operation and flags, which a ring uses too.
+pub(crate) fn op_code(request: &BlockRequest) -> (u8, u16) {
     let fua = if request.fua { FLAG_FUA } else { 0 };
     match request.op {
         BlockOp::Read => (1, fua),
@@ -163,8 +164,24 @@ fn op_code(request: &BlockRequest) -> (u8, u16) {
 }
 
 fn decode_request(bytes: &[u8; HEADER_BYTES], payload: u32) -> Result<BlockRequest, LinkError> {
-    let flags = u16_at(bytes, 6);
-    let op = match bytes[5] {
+    let (op, fua) = decode_op(bytes[5], u16_at(bytes, 6))?;
+    zero("status", u16_at(bytes, 36).into())?;
+    let length = u64_at(bytes, 24);
+    let range = ByteRange::new(u64_at(bytes, 16), length)
+        .ok_or(LinkError::Mismatch { field: "length", value: length })?;
+    if op.carries_data() {
+        within("length", length, REQUEST_BYTES_MAX.into())?;
+    }
+    let expected = if op == BlockOp::Write { length } else { 0 };
+    if u64::from(payload) != expected {
+        return Err(LinkError::Mismatch { field: "payload", value: payload.into() });
+    }
+    Ok(BlockRequest { id: RequestId::new(u64_at(bytes, 8)), op, range, fua })
+}
+
+/// The operation of a code, and whether it is to be durable when it is answered.
+pub(crate) fn decode_op(code: u8, flags: u16) -> Result<(BlockOp, bool), LinkError> {
+    let op = match code {
         1 => BlockOp::Read,
         2 => BlockOp::Write,
         3 => BlockOp::Flush,
@@ -179,18 +196,7 @@ fn decode_request(bytes: &[u8; HEADER_BYTES], payload: u32) -> Result<BlockReque
         _ => FLAG_FUA,
     };
     zero("flags", u64::from(flags & !known))?;
-    zero("status", u16_at(bytes, 36).into())?;
-    let length = u64_at(bytes, 24);
-    let range = ByteRange::new(u64_at(bytes, 16), length)
-        .ok_or(LinkError::Mismatch { field: "length", value: length })?;
-    if op.carries_data() {
-        within("length", length, REQUEST_BYTES_MAX.into())?;
-    }
-    let expected = if op == BlockOp::Write { length } else { 0 };
-    if u64::from(payload) != expected {
-        return Err(LinkError::Mismatch { field: "payload", value: payload.into() });
-    }
-    Ok(BlockRequest { id: RequestId::new(u64_at(bytes, 8)), op, range, fua: flags & FLAG_FUA != 0 })
+    Ok((op, flags & FLAG_FUA != 0))
 }
 
 fn decode_reply(bytes: &[u8; HEADER_BYTES], payload: u32) -> Result<Message, LinkError> {

@@ -31,6 +31,8 @@ pub mod extents;
 pub mod fault;
 pub mod frame;
 pub mod hello;
+pub mod memory;
+pub mod ring;
 pub mod version;
 pub mod welcome;
 
