@@ -8,7 +8,10 @@ use bytes::Bytes;
 use cluster::Cluster;
 use futures_util::future::BoxFuture;
 use spline_link::Identity;
-use spline_types::{BlockRequest, Epoch, Extent, Fault, Geometry, OnUnavailable, VolumeName};
+use spline_types::{
+    BlockRequest, ChunkserverId, CopysetId, Epoch, Extent, Fault, Geometry, OnUnavailable, VolumeName,
+};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -109,6 +112,46 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Ends everything that runs and gives the volume back. Later requests fail with `Fenced`.
     fn close(&self) -> BoxFuture<'_, ()>;
+
+    /// From now on the next process of this gateway may open the volume, which is served on meanwhile; answers what that one
+    /// needs for it. [`Engine::keep`] undoes it, unless it may have been opened.
+    ///
+    /// # Errors
+    /// Why it can not be passed on.
+    fn pass(&self) -> BoxFuture<'_, Result<Passed, OpenError>> {
+        let why = format!("this engine can not be passed on: engine={}", self.name());
+        Box::pin(std::future::ready(Err(OpenError::Internal(why))))
+    }
+
+    /// The next process has not opened the volume and will not.
+    fn keep(&self) {}
+
+    /// Links are told to leave: what can not be carried out here any more fails with `Fenced`, and is withdrawn.
+    fn leave(&self) {}
+
+    /// Ends everything that runs, but gives nothing back: the next process has the volume. False if something may still run.
+    fn release(&self) -> BoxFuture<'_, bool> {
+        Box::pin(async move {
+            self.close().await;
+            true
+        })
+    }
+}
+
+/// What the next process of a gateway needs to serve a volume, beside its traits.
+#[derive(Debug, Default)]
+pub struct Passed {
+    /// The file, of engines that have one: with it goes the lock, which must not be given back any more.
+    pub file: Option<OwnedFd>,
+}
+
+/// What is known of a session that another process of this gateway serves, and that is to be gone on with.
+#[derive(Debug)]
+pub(crate) struct Legacy {
+    pub(crate) epoch: Epoch,
+    pub(crate) identity: Identity,
+    pub(crate) read_only: bool,
+    pub(crate) file: Option<OwnedFd>,
 }
 
 /// How a volume is to be opened.
@@ -140,8 +183,38 @@ pub(crate) trait Opener: Send + Sync + 'static {
         wanted: Wanted,
     ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>>;
 
+    /// Opens a volume that another process of this gateway serves still, for when that one leaves. `Held` if somebody else
+    /// took it meanwhile.
+    fn adopt<'a>(
+        &'a self,
+        name: &'a VolumeName,
+        _legacy: Legacy,
+    ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
+        let why = format!("this gateway can not take volumes over: volume={name}");
+        Box::pin(std::future::ready(Err(OpenError::Internal(why))))
+    }
+
+    /// Makes sure that what volumes are opened with can be reached.
+    fn reach(&self) -> BoxFuture<'_, Result<(), OpenError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Who is believed to lead copysets, at most `limit` of them; hints for the next process of this gateway.
+    fn leaders(&self, _limit: usize) -> Vec<(CopysetId, ChunkserverId)> {
+        Vec::new()
+    }
+
+    /// Believes what the process before believed.
+    fn believe(&self, _leaders: &[(CopysetId, ChunkserverId)]) {}
+
     /// Ends what runs for all engines. Every volume has been closed.
     fn stop(&self);
+}
+
+fn serves_files_only(name: &VolumeName) -> OpenError {
+    OpenError::NotFound(format!(
+        "this gateway serves files only: volume={name}; set mds in its config to serve the cluster"
+    ))
 }
 
 /// Opens volumes by name: `file:/abs/path` by the file engine, every other name by the cluster.
@@ -184,11 +257,49 @@ impl Opener for Engines {
             }
             match &self.cluster {
                 Some(cluster) => cluster.open(name, wanted).await,
-                None => Err(OpenError::NotFound(format!(
-                    "this gateway serves files only: volume={name}; set mds in its config to serve the cluster"
-                ))),
+                None => Err(serves_files_only(name)),
             }
         })
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        name: &'a VolumeName,
+        legacy: Legacy,
+    ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
+        Box::pin(async move {
+            if let Some(path) = name.as_str().strip_prefix("file:") {
+                let (files, path) = (Arc::clone(&self.files), PathBuf::from(path));
+                let adopted = tokio::task::spawn_blocking(move || files.adopt(&path, legacy)).await;
+                let engine =
+                    adopted.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))??;
+                engine.watch_size();
+                return Ok(Arc::new(engine) as Arc<dyn Engine>);
+            }
+            match &self.cluster {
+                Some(cluster) => cluster.adopt(name, &legacy).await,
+                None => Err(serves_files_only(name)),
+            }
+        })
+    }
+
+    fn reach(&self) -> BoxFuture<'_, Result<(), OpenError>> {
+        Box::pin(async move {
+            match &self.cluster {
+                Some(cluster) => cluster.reach().await,
+                None => Ok(()),
+            }
+        })
+    }
+
+    fn leaders(&self, limit: usize) -> Vec<(CopysetId, ChunkserverId)> {
+        self.cluster.as_ref().map_or_else(Vec::new, |cluster| cluster.leaders(limit))
+    }
+
+    fn believe(&self, leaders: &[(CopysetId, ChunkserverId)]) {
+        if let Some(cluster) = &self.cluster {
+            cluster.believe(leaders);
+        }
     }
 
     fn stop(&self) {

@@ -7,8 +7,9 @@ use crate::route::Routes;
 use crate::transport::Transport;
 use crate::volume::VolumeClient;
 use prometheus_client::registry::Registry;
-use spline_types::{CopysetId, Epoch, SegmentIndex, VolumeId, VolumeName};
+use spline_types::{ChunkserverId, CopysetId, Epoch, SegmentIndex, VolumeId, VolumeName};
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -71,7 +72,7 @@ impl ClusterClient {
     /// Takes the session of a volume for the gateway of that id, and learns the routes of all its copysets, so that
     /// IO goes on without the metadata server. With `force` it is taken from another gateway whose lease is alive. With
     /// `resumes` it is refused if another gateway had a session since that one. With `known` it is refused if the name is
-    /// another volume's.
+    /// another volume's. With `newest` it is refused unless that is the volume's newest session.
     ///
     /// # Errors
     /// `NotFound`, `Replaced`, `Refused` (another gateway holds or held it: `Fault::Fenced`), `Unreachable`, `BadReply`.
@@ -82,8 +83,9 @@ impl ClusterClient {
         force: bool,
         resumes: Option<Epoch>,
         known: Option<VolumeId>,
+        newest: Option<Epoch>,
     ) -> Result<OpenedSession, MetaError> {
-        let opened = self.shared.network.mds.open(volume, gateway, force, resumes, known).await?;
+        let opened = self.shared.network.mds.open(volume, gateway, force, resumes, known, newest).await?;
         let copysets: HashSet<CopysetId> = opened.segments.values().flat_map(|s| s.iter().copied()).collect();
         self.learn_routes(copysets).await;
         Ok(opened)
@@ -132,6 +134,27 @@ impl ClusterClient {
             routes.clone(),
             metrics.clone(),
         )
+    }
+
+    /// Connects to the chunkservers that lead the copysets of a session, so that its first requests need not wait for it. At
+    /// most for `limit`; what can not be reached by then is the requests' to see.
+    pub async fn connect(&self, opened: &OpenedSession, limit: Duration) {
+        let copysets: HashSet<CopysetId> = opened.segments.values().flat_map(|s| s.iter().copied()).collect();
+        let leaders = copysets.into_iter().filter_map(|copyset| self.shared.routes.target(copyset, &[]));
+        let addresses: HashSet<SocketAddr> = leaders.map(|(_, address)| address).collect();
+        self.shared.network.connect(addresses, limit).await;
+    }
+
+    /// Which chunkserver is believed to lead each copyset that was spoken of, at most `limit` of them.
+    pub fn leaders(&self, limit: usize) -> Vec<(CopysetId, ChunkserverId)> {
+        self.shared.routes.leaders(limit)
+    }
+
+    /// Believes what another client of the cluster believed.
+    pub fn believe(&self, leaders: &[(CopysetId, ChunkserverId)]) {
+        for (copyset, leader) in leaders {
+            self.shared.routes.believe(*copyset, *leader);
+        }
     }
 
     /// Asks for those routes that are not known. A failure is not one of the caller's: spans ask again.

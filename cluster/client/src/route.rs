@@ -124,6 +124,13 @@ impl Routes {
         self.write().doubt(copyset, id);
     }
 
+    /// Who is believed to lead, of at most `limit` copysets.
+    pub(crate) fn leaders(&self, limit: usize) -> Vec<(CopysetId, ChunkserverId)> {
+        let table = self.read();
+        let led = table.copysets.iter().filter_map(|(copyset, route)| Some((*copyset, route.leader?)));
+        led.take(limit).collect()
+    }
+
     /// Those whose members are not known.
     pub(crate) fn unknown(&self, copysets: HashSet<CopysetId>) -> Vec<CopysetId> {
         let table = self.read();

@@ -9,8 +9,10 @@ use crate::metrics::Metrics;
 use crate::retry::Outcome;
 use bytes::Bytes;
 use spline_types::{ChunkCommand, CopysetId};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// What the cores ask of the network; tests put a scripted one in its place.
@@ -37,6 +39,13 @@ pub(crate) struct Transport {
 impl Transport {
     pub(crate) fn new(config: &ClientConfig, metrics: Arc<Metrics>) -> Self {
         Self { chunks: chunk::Chunkservers::default(), mds: mds::Mds::new(config, metrics) }
+    }
+
+    /// Connects to chunkservers, all at once, at most for `limit`.
+    pub(crate) async fn connect(&self, addresses: HashSet<SocketAddr>, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let connects = addresses.into_iter().map(|address| self.chunks.connect(address, deadline));
+        futures_util::future::join_all(connects).await;
     }
 }
 

@@ -157,8 +157,9 @@ impl pb::sessions_server::Sessions for Service {
         self.serve("sessions.open", async {
             let (resumes, known) = (asked.resumed_epoch.map(Epoch::new), asked.known_id.map(VolumeId::new));
             let volume_name = name(&asked.volume)?;
+            let newest = asked.newest_epoch.map(Epoch::new);
             let opened =
-                self.sessions.open(&volume_name, &asked.gateway, asked.force, resumes, known).await?;
+                self.sessions.open(&volume_name, &asked.gateway, asked.force, resumes, known, newest).await?;
             let info = VolumeInfo {
                 segments: opened.segments.len() as u32,
                 lease_left: opened.lease,

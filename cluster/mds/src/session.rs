@@ -59,11 +59,12 @@ impl Sessions {
     }
 
     /// Opens a session: epoch + 1 and a full lease. With `resumes`, what was sent to that session may be sent again. With
-    /// `known`, only of that volume.
+    /// `known`, only of that volume. With `newest`, only as the successor of that session: a call that comes late, after its
+    /// caller was given up and another session was opened, opens nothing.
     ///
     /// # Errors
     /// `Precondition` while another gateway's lease is alive, unless `force`; `Fenced` if another gateway had a session
-    /// since the resumed one; `Replaced` if the name is another volume's than `known`; `NotFound`; `Invalid` for a gateway
+    /// since the resumed one, or if `newest` is not the newest; `Replaced` if the name is another volume's than `known`; `NotFound`; `Invalid` for a gateway
     /// id that does not fit.
     pub async fn open(
         &self,
@@ -72,6 +73,7 @@ impl Sessions {
         force: bool,
         resumes: Option<Epoch>,
         known: Option<VolumeId>,
+        newest: Option<Epoch>,
     ) -> Result<Opened, Refusal> {
         if gateway.is_empty() || gateway.len() > GATEWAY_BYTES_MAX {
             let bytes = gateway.len();
@@ -84,6 +86,7 @@ impl Sessions {
             let volume = volume.ok_or_else(|| no_such_volume(name))?;
             is_known(&volume, known)?;
             may_resume(&volume, resumes)?;
+            follows(&volume, newest)?;
             self.may_open(&volume, gateway, force)?;
             let command = Command::OpenSession {
                 volume: volume.id,
@@ -250,6 +253,17 @@ fn may_resume(volume: &Volume, resumes: Option<Epoch>) -> Result<(), Refusal> {
             volume.name,
             volume.epoch,
             volume.run.as_ref().map_or("", |run| run.gateway.as_str())
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Refused if another session than the one that the caller knows is the newest. Judged before the log, like [`may_resume`].
+fn follows(volume: &Volume, newest: Option<Epoch>) -> Result<(), Refusal> {
+    match newest {
+        Some(known) if known != volume.epoch => Err(Refusal::fenced(format!(
+            "another session was opened meanwhile: name={} epoch={} known_epoch={known}",
+            volume.name, volume.epoch
         ))),
         _ => Ok(()),
     }

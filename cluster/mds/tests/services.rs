@@ -95,6 +95,15 @@ impl Lab {
         Ok((reply.epoch, reply.run_since))
     }
 
+    /// Opens as the successor of a session.
+    async fn follow(&mut self, volume: &str, gateway: &str, newest: u64) -> Result<u64, Code> {
+        let (volume, gateway) = (volume.into(), gateway.into());
+        let request =
+            pb::OpenSessionRequest { volume, gateway, newest_epoch: Some(newest), ..Default::default() };
+        let reply = self.sessions.open(request).await.map_err(|status| status.code())?;
+        Ok(reply.into_inner().epoch)
+    }
+
     async fn renew(&mut self, gateway: &str, volume_id: u64, epoch: u64) -> pb::RenewedSession {
         let sessions = vec![pb::SessionRef { volume_id, epoch }];
         let request = pb::RenewSessionsRequest { gateway: gateway.into(), sessions };
@@ -238,6 +247,20 @@ async fn a_session_is_exclusive_while_its_lease_is_alive() {
     lab.sessions.close(close(3)).await.expect("closed");
     assert_eq!(lab.get("a").await.expect("there").session, None);
     lab.volumes.delete(delete).await.expect("deleted");
+    lab.mds.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_successor_that_comes_late_opens_nothing() {
+    let dir = tempfile::tempdir().expect("directory");
+    let mut lab = Lab::start(config(dir.path())).await;
+    let volume = lab.create("a", GIB).await.expect("created").id;
+    assert_eq!(lab.open("a", "g1", false).await.expect("opened").epoch, 1);
+    assert_eq!(lab.follow("a", "g1", 1).await, Ok(2));
+    // Given up, and the session opened anew by whom it was to follow: the same call again finds that.
+    assert_eq!(lab.open("a", "g1", false).await.expect("opened").epoch, 3);
+    assert_eq!(lab.follow("a", "g1", 2).await, Err(Code::FailedPrecondition));
+    assert!(!lab.renew("g1", volume, 3).await.lost, "nothing was taken from it");
     lab.mds.shutdown().await;
 }
 

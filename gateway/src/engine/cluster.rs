@@ -5,8 +5,9 @@
 //! metadata server: only new segments, opens and resizes wait.
 
 mod lease;
+mod succession;
 
-use super::{Engine, EngineAnswer, EngineTraits, OpenError, Standing, Wanted};
+use super::{Engine, EngineAnswer, EngineTraits, Legacy, OpenError, Passed, Standing, Wanted};
 use crate::config::Config;
 use crate::fanout::{self, Chunks, PartAnswer};
 use crate::split::Part;
@@ -16,18 +17,21 @@ use lease::Leases;
 use spline_client::{ClientConfig, ClusterClient, MetaError, OpenedSession, Span, SpanAnswer, VolumeClient};
 use spline_link::Identity;
 use spline_types::{
-    BlockRequest, BlockSize, ChunkId, ChunkOp, CopysetId, Epoch, Fault, Geometry, SegmentIndex, VolumeId,
-    VolumeName,
+    BlockRequest, BlockSize, ChunkId, ChunkOp, ChunkserverId, CopysetId, Epoch, Fault, Geometry,
+    SegmentIndex, VolumeId, VolumeName,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
+use succession::Succession;
 use tokio::sync::{OnceCell, watch};
 use tracing::{info, warn};
 
 /// Time to give a session back; if the metadata server is away, the lease runs out instead.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// Time to connect to chunkservers before a session is taken over; requests connect by themselves as well.
+const CONNECT_LIMIT: Duration = Duration::from_secs(1);
 
 /// The cluster as a source of engines.
 pub(crate) struct Cluster {
@@ -50,24 +54,61 @@ impl Cluster {
     }
 
     pub(crate) async fn open(&self, name: &VolumeName, wanted: Wanted) -> Result<Arc<dyn Engine>, OpenError> {
-        let known = wanted.known.map(|known| match known.parts() {
-            (0, id) => Ok(VolumeId::new(id)),
-            _ => Err(OpenError::Internal(format!(
-                "not the identity of a volume of a cluster: identity={known}"
-            ))),
-        });
-        let known = known.transpose()?;
-        let opened = self.client.open_session(name, &self.gateway, wanted.force, wanted.resumes, known).await;
+        let known = wanted.known.map(volume_of).transpose()?;
+        let Wanted { force, resumes, .. } = wanted;
+        let opened = self.client.open_session(name, &self.gateway, force, resumes, known, None).await;
+        self.engine(name, &opened.map_err(refused)?)
+    }
+
+    /// Opens the session that follows one of another process of this gateway, which serves it until it is told to leave:
+    /// chunkservers hear of the new one with its first command. Connects to them already.
+    pub(crate) async fn adopt(
+        &self,
+        name: &VolumeName,
+        legacy: &Legacy,
+    ) -> Result<Arc<dyn Engine>, OpenError> {
+        let (known, epoch) = (volume_of(legacy.identity)?, legacy.epoch);
+        let opened =
+            self.client.open_session(name, &self.gateway, false, Some(epoch), Some(known), Some(epoch)).await;
         let opened = opened.map_err(refused)?;
+        self.client.connect(&opened, CONNECT_LIMIT).await;
+        self.engine(name, &opened)
+    }
+
+    /// Makes sure that a metadata server answers.
+    pub(crate) async fn reach(&self) -> Result<(), OpenError> {
+        self.client.renew(&self.gateway, &[]).await.map(drop).map_err(refused)
+    }
+
+    /// See [`ClusterClient::leaders`].
+    pub(crate) fn leaders(&self, limit: usize) -> Vec<(CopysetId, ChunkserverId)> {
+        self.client.leaders(limit)
+    }
+
+    /// See [`ClusterClient::believe`].
+    pub(crate) fn believe(&self, leaders: &[(CopysetId, ChunkserverId)]) {
+        self.client.believe(leaders);
+    }
+
+    fn engine(&self, name: &VolumeName, opened: &OpenedSession) -> Result<Arc<dyn Engine>, OpenError> {
         let identity = Identity::new(0, opened.volume.get())
             .ok_or_else(|| OpenError::Internal(format!("volume without an id: volume={name}")))?;
-        let volume = Arc::new(Volume::new(name.clone(), self.client.clone(), &opened, identity));
+        let volume = Arc::new(Volume::new(name.clone(), self.client.clone(), opened, identity));
         self.leases.add(&volume, opened.lease);
         Ok(Arc::new(ClusterEngine { volume, leases: Arc::clone(&self.leases) }))
     }
 
     pub(crate) fn stop(&self) {
         self.leases.stop();
+    }
+}
+
+fn volume_of(identity: Identity) -> Result<VolumeId, OpenError> {
+    match identity.parts() {
+        (0, id) => Ok(VolumeId::new(id)),
+        _ => Err(OpenError::Internal(format!(
+            "not the identity of a volume of a cluster: identity={identity}"
+        ))),
     }
 }
 
@@ -105,6 +146,7 @@ struct Volume {
     segments: RwLock<HashMap<SegmentIndex, Arc<[CopysetId]>>>,
     /// Segments that are being allocated: whoever comes meanwhile waits for the same answer.
     allocating: Mutex<HashMap<SegmentIndex, Arc<Allocation>>>,
+    succession: Succession,
 }
 
 /// A volume's name as it was last told.
@@ -141,6 +183,7 @@ impl Volume {
             cluster,
             segments: RwLock::new(opened.segments.clone()),
             allocating: Mutex::default(),
+            succession: Succession::default(),
         }
     }
 
@@ -181,7 +224,16 @@ impl Volume {
         }
     }
 
-    /// A newer session exists.
+    /// A renewal says that a newer session exists.
+    fn outlived(&self) {
+        if self.succession.has_heir() {
+            return;
+        }
+        warn!(volume = %self.name, epoch = %self.epoch(), "session is lost to a newer one");
+        self.lose();
+    }
+
+    /// A newer session serves, or may.
     fn lose(&self) {
         self.client.fence();
         self.standing.send_if_modified(|now| !std::mem::replace(&mut now.lost, true));
@@ -198,7 +250,11 @@ impl Chunks for Volume {
             let mut allocating = self.allocating.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(allocating.entry(segment).or_default())
         };
-        let allocated = flight.get_or_try_init(|| self.client.allocate_segment(segment)).await.cloned();
+        let ask = || async {
+            let _asking = self.succession.ask().await?;
+            self.client.allocate_segment(segment).await
+        };
+        let allocated = flight.get_or_try_init(ask).await.cloned();
         if let Ok(copysets) = &allocated {
             let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
             segments.insert(segment, Arc::clone(copysets));
@@ -258,11 +314,34 @@ impl Engine for ClusterEngine {
         let volume = Arc::clone(&self.volume);
         Box::pin(async move {
             let answer = fanout::execute(&*volume, request, payload).await;
-            if answer == Err(Fault::Fenced) {
+            if answer == Err(Fault::Fenced) && !volume.succession.is_left() {
                 volume.lose();
             }
             answer
         })
+    }
+
+    fn pass(&self) -> BoxFuture<'_, Result<Passed, OpenError>> {
+        Box::pin(async move {
+            self.volume.succession.pass().await;
+            Ok(Passed::default())
+        })
+    }
+
+    fn keep(&self) {
+        self.volume.succession.keep();
+    }
+
+    fn leave(&self) {
+        self.volume.succession.leave();
+    }
+
+    fn release(&self) -> BoxFuture<'_, bool> {
+        self.volume.succession.leave();
+        self.leases.remove(&self.volume);
+        // What is still on its way is refused by whoever has heard of the next session, and harmless before.
+        self.volume.client.fence();
+        Box::pin(std::future::ready(true))
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {

@@ -6,6 +6,7 @@
 //! traits say so. A sync that failed once poisons the file: the kernel forgets what it could not write, so that a
 //! later sync would succeed with data missing (`acked_is_durable`).
 
+mod adopt;
 mod job;
 mod open;
 mod overlap;
@@ -14,7 +15,7 @@ mod ring;
 mod tests;
 mod threads;
 
-use super::{Engine, EngineAnswer, EngineTraits, OpenError, Standing};
+use super::{Engine, EngineAnswer, EngineTraits, OpenError, Passed, Standing};
 use crate::buffer::{ALIGNMENT, BufferPool};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -117,6 +118,18 @@ impl Engine for FileEngine {
     ) -> BoxFuture<'static, Result<EngineAnswer, Fault>> {
         let disk = Arc::clone(&self.disk);
         Box::pin(async move { disk.execute(request, payload).await })
+    }
+
+    fn pass(&self) -> BoxFuture<'_, Result<Passed, OpenError>> {
+        Box::pin(std::future::ready(self.disk.pass()))
+    }
+
+    fn release(&self) -> BoxFuture<'_, bool> {
+        let disk = Arc::clone(&self.disk);
+        Box::pin(async move {
+            // The lock is the next process's as well, which would lose it.
+            matches!(tokio::task::spawn_blocking(move || disk.executor.close()).await, Ok(true))
+        })
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {

@@ -107,6 +107,14 @@ impl Caller {
         self.0.addr
     }
 
+    /// Connects now, if there is no connection, so that the next call need not. A failure is that call's to see.
+    pub async fn connect(&self, deadline: Instant) {
+        if self.0.current().is_none() {
+            // It is remembered by the peer's state.
+            let _ = self.0.connected(deadline).await;
+        }
+    }
+
     /// Sends a request and waits for the reply until `deadline`. A dropped call counts as one that found no reply in
     /// time.
     ///

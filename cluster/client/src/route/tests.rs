@@ -57,3 +57,17 @@ fn a_member_that_left_is_not_asked() {
     assert_eq!(target(&table, &[]), Some(4));
     assert_eq!(target(&table, &[2, 3, 4]), None);
 }
+
+#[test]
+fn who_leads_is_told_on_and_believed() {
+    let (known, fresh) = (Routes::default(), Routes::default());
+    known.write().apply(update(&[1, 2, 3], None));
+    assert_eq!(known.leaders(10), []);
+    known.believe(SET, id(3));
+    assert_eq!(known.leaders(10), [(SET, id(3))]);
+    assert_eq!(known.leaders(0), []);
+    fresh.believe(SET, id(3));
+    assert_eq!(fresh.unknown([SET].into()), [SET], "its members are to be asked for all the same");
+    fresh.write().apply(update(&[1, 2, 3], Some(1)));
+    assert_eq!(target(&fresh.read(), &[]), Some(3), "what was seen wins over what was reported");
+}

@@ -41,6 +41,11 @@ impl Chunkservers {
         Ok(Answer { result, leader_hint: reply.leader_hint })
     }
 
+    /// Connects, if there is no connection yet. A failure is the next attempt's to see.
+    pub(super) async fn connect(&self, to: SocketAddr, deadline: Instant) {
+        self.caller(to).connect(deadline).await;
+    }
+
     fn caller(&self, to: SocketAddr) -> Caller {
         // Only whole entries go in and out, so a poisoned map is whole.
         if let Some(caller) = self.callers.read().unwrap_or_else(PoisonError::into_inner).get(&to) {

@@ -65,6 +65,7 @@ impl Mds {
         force: bool,
         resumes: Option<Epoch>,
         known: Option<VolumeId>,
+        newest: Option<Epoch>,
     ) -> Result<OpenedSession, MetaError> {
         let request = pb::OpenSessionRequest {
             volume: volume.as_str().into(),
@@ -72,6 +73,7 @@ impl Mds {
             force,
             resumed_epoch: resumes.map(Epoch::get),
             known_id: known.map(VolumeId::get),
+            newest_epoch: newest.map(Epoch::get),
         };
         let (address, reply) = self
             .ask("open", |channel| {

@@ -136,10 +136,7 @@ fn apply(held: &[Arc<Volume>], renewal: &Renewal, number: u64) {
                 volume.resized(*size);
                 volume.renamed(name, number);
             }
-            SessionState::Lost => {
-                warn!(volume = %volume.name, epoch = %volume.epoch(), "session is lost to a newer one");
-                volume.lose();
-            }
+            SessionState::Lost => volume.outlived(),
         }
     }
 }

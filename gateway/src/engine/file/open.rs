@@ -42,7 +42,7 @@ pub(crate) struct Files {
 }
 
 /// An open, locked file.
-struct Opened {
+pub(super) struct Opened {
     files: Descriptors,
     device: bool,
     read_only: bool,
@@ -77,7 +77,15 @@ impl Files {
         wanted: Wanted,
         executor: impl FnOnce(&Arc<Descriptors>) -> std::io::Result<Executor>,
     ) -> Result<FileEngine, OpenError> {
-        let opened = self.open_locked(path, wanted)?;
+        self.serve(path, self.open_locked(path, wanted)?, executor)
+    }
+
+    pub(super) fn serve(
+        &self,
+        path: &Path,
+        opened: Opened,
+        executor: impl FnOnce(&Arc<Descriptors>) -> std::io::Result<Executor>,
+    ) -> Result<FileEngine, OpenError> {
         let internal = |error| {
             OpenError::Internal(format!("can not serve a file: path={} error={error}", path.display()))
         };
@@ -115,7 +123,6 @@ impl Files {
     }
 
     fn open_locked(&self, path: &Path, wanted: Wanted) -> Result<Opened, OpenError> {
-        let shown = path.display();
         let (buffered, writable) = match self.resolve(path, OFlags::RDWR) {
             Ok(fd) => (fd, true),
             Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) if wanted.read_only => {
@@ -123,6 +130,18 @@ impl Files {
             }
             Err(error) => return Err(refused(path, error)),
         };
+        self.lock_and_look(path, buffered, writable, wanted.known)
+    }
+
+    /// Locks an open file, unless it is locked by the same descriptor already, and looks what it is.
+    pub(super) fn lock_and_look(
+        &self,
+        path: &Path,
+        buffered: OwnedFd,
+        writable: bool,
+        known: Option<Identity>,
+    ) -> Result<Opened, OpenError> {
+        let shown = path.display();
         let failed =
             |error: Errno| OpenError::Internal(format!("can not use a file: path={shown} error={error}"));
         let lock = if writable {
@@ -144,7 +163,7 @@ impl Files {
         };
         let identity = identity(&stat, device)
             .ok_or_else(|| OpenError::Internal(format!("file has neither device nor inode: path={shown}")))?;
-        if let Some(known) = wanted.known.filter(|known| *known != identity) {
+        if let Some(known) = known.filter(|known| *known != identity) {
             return Err(replaced(shown, identity, known));
         }
         // It was for opening alone: io_uring would not wait for a device that is busy.
@@ -180,6 +199,14 @@ impl Files {
                 Err(Errno::INTR) => {}
                 locked => return locked,
             }
+        }
+    }
+
+    /// Whether a path lies below a root, going by its name.
+    pub(super) fn may_serve(&self, path: &Path) -> Result<(), OpenError> {
+        match self.roots.iter().any(|root| path.starts_with(root)) {
+            true => Ok(()),
+            false => Err(refused(path, Errno::XDEV)),
         }
     }
 
@@ -255,7 +282,7 @@ fn rotational(device: u64) -> bool {
 }
 
 /// A ring if the kernel has one that is good enough, else threads.
-fn choose(files: &Arc<Descriptors>) -> std::io::Result<Executor> {
+pub(super) fn choose(files: &Arc<Descriptors>) -> std::io::Result<Executor> {
     match Ring::start(files) {
         Ok(ring) => Ok(Executor::Ring(ring)),
         Err(error) => {
