@@ -10,6 +10,8 @@ use crate::listener::Listener;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, SessionLimits};
 use crate::service;
+use crate::watchdog;
+use spline_process::watchdog::Watchdog;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -75,6 +77,9 @@ impl Gateway {
         let admin_address = admin.as_ref().map(service::Admin::address);
         if let Some(admin) = admin {
             servers.spawn(admin.serve(id.clone(), Arc::clone(&registry), gone.clone()));
+        }
+        if let Some(watched) = Watchdog::of_environment() {
+            servers.spawn(watchdog::feed(watched, gone.clone()));
         }
         info!(id, link_socket = %link_path.display(), "gateway serves");
         let drain_limit = config.drain_limit;

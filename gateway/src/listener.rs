@@ -1,11 +1,12 @@
 //! The unix socket on which links are accepted.
 //!
-//! Called by the gateway. Knows: whether another gateway holds the socket, who may connect (owner and group). Must
-//! not know: what is said on a link. Invariant: `bounded` (links are limited).
+//! Called by the gateway. Knows: whether systemd listens for it, whether another gateway holds the socket, who may connect
+//! (owner and group). Must not know: what is said on a link. Invariant: `bounded` (links are limited).
 
 use crate::link::{self, Links};
 use anyhow::Context;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use spline_process::activation;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -24,39 +25,30 @@ const SOCKET_MODE: u32 = 0o660;
 /// Pause after a failed accept: most likely there is no descriptor left, which passes when a link ends.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A bound socket. Removes the file when dropped.
+/// A socket that listens. Removes its file when dropped, unless systemd owns it.
 pub(crate) struct Listener {
     listener: UnixListener,
     path: PathBuf,
+    /// systemd made the socket, and keeps it when this gateway ends: nebds wait in its backlog for the next one.
+    is_systemds: bool,
     /// Held for as long as the socket is ours; released by the kernel however the process ends.
     _lock: OwnedFd,
 }
 
 impl Listener {
-    /// Binds the socket. A file that a dead gateway left is replaced; a living one is not disturbed.
+    /// Takes the socket that systemd listens on, or binds it. A file that a dead gateway left is replaced; a living one is not
+    /// disturbed.
     pub(crate) fn bind(path: &Path) -> anyhow::Result<Self> {
-        let shown = path.display();
         let lock = hold(path)?;
-        match std::fs::symlink_metadata(path) {
-            Ok(found) if found.file_type().is_socket() => {
-                info!(path = %shown, "socket of a gateway that has ended is replaced");
-                std::fs::remove_file(path)
-                    .with_context(|| format!("can not remove a socket: path={shown}"))?;
+        let (listener, is_systemds) = match activation::take_unix_listener(path)? {
+            Some(listener) => {
+                info!(path = %path.display(), "systemd's socket is taken");
+                listener.set_nonblocking(true)?;
+                (UnixListener::from_std(listener)?, true)
             }
-            Ok(_) => anyhow::bail!("something that is not a socket is in the way: link_socket={shown}"),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| format!("can not look at path={shown}")),
-        }
-        // Bound under another name first: nobody connects before the mode is set.
-        let mut fresh = path.as_os_str().to_owned();
-        fresh.push(".new");
-        let fresh = PathBuf::from(fresh);
-        let _ = std::fs::remove_file(&fresh);
-        let listener = UnixListener::bind(&fresh)
-            .with_context(|| format!("can not listen; does the directory exist: link_socket={shown}"))?;
-        std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(SOCKET_MODE))?;
-        std::fs::rename(&fresh, path)?;
-        Ok(Self { listener, path: path.to_owned(), _lock: lock })
+            None => (bind_anew(path)?, false),
+        };
+        Ok(Self { listener, path: path.to_owned(), is_systemds, _lock: lock })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -86,8 +78,34 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        if !self.is_systemds {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
+}
+
+/// Makes the socket's file, in place of what a dead gateway left. The lock must be held.
+fn bind_anew(path: &Path) -> anyhow::Result<UnixListener> {
+    let shown = path.display();
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {
+            info!(path = %shown, "socket of a gateway that has ended is replaced");
+            std::fs::remove_file(path).with_context(|| format!("can not remove a socket: path={shown}"))?;
+        }
+        Ok(_) => anyhow::bail!("something that is not a socket is in the way: link_socket={shown}"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("can not look at path={shown}")),
+    }
+    // Bound under another name first: nobody connects before the mode is set.
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(".new");
+    let fresh = PathBuf::from(fresh);
+    let _ = std::fs::remove_file(&fresh);
+    let listener = UnixListener::bind(&fresh)
+        .with_context(|| format!("can not listen; does the directory exist: link_socket={shown}"))?;
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(SOCKET_MODE))?;
+    std::fs::rename(&fresh, path)?;
+    Ok(listener)
 }
 
 /// Takes the lock beside the socket: two gateways that start at once do not remove each other's socket.

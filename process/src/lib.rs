@@ -2,12 +2,15 @@
 //!
 //! Called by the `main.rs` of each process. No async runtime, so that nebd may use it.
 //!
-//! Knows: TOML, clap, tracing, OpenMetrics text, signals, systemd's notify socket.
+//! Knows: TOML, clap, tracing, OpenMetrics text, signals, what systemd passes to a process and wants to hear from it.
 //! Must never know: what the process does, the cluster, any wire format.
 //!
-//! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → `open_files` → [`metrics`] → [`ready`] →
-//! [`signals`].
+//! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → `open_files` → [`activation`] → [`metrics`] →
+//! [`ready`] → [`watchdog`] → [`signals`].
 
+#![deny(unsafe_code)]
+
+pub mod activation;
 pub mod config;
 pub mod flags;
 pub mod logs;
@@ -15,6 +18,7 @@ pub mod metrics;
 mod open_files;
 pub mod ready;
 pub mod signals;
+pub mod watchdog;
 
 pub use flags::CommonFlags;
 

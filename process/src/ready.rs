@@ -72,7 +72,7 @@ impl Drop for Announced {
     }
 }
 
-fn notify(state: &[NotifyState]) {
+pub(crate) fn notify(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::warn!(%error, "systemd's notify socket does not answer, see NOTIFY_SOCKET");
     }
