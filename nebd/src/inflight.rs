@@ -147,18 +147,21 @@ impl<C> Inflight<C> {
         id
     }
 
-    /// The oldest unsent request, now counted as sent; `None` if there is none or the link's `window` is full.
-    pub fn next_to_send(&mut self, window: Limits) -> Option<&Entry<C>> {
-        let id = *self.waiting.front()?;
-        let entry = self.places.get_mut(place(id))?.as_mut()?;
+    /// The oldest unsent request; `None` if there is none or the link's `window` is full.
+    pub fn peek_to_send(&self, window: Limits) -> Option<&Entry<C>> {
+        let entry = self.get(*self.waiting.front()?)?;
         let bytes = data_bytes(entry.request.op, entry.request.range);
-        if !window.admit((self.sent, self.sent_bytes), bytes) {
-            return None;
-        }
+        window.admit((self.sent, self.sent_bytes), bytes).then_some(entry)
+    }
+
+    /// As [`peek_to_send`](Self::peek_to_send), and now it counts as sent.
+    pub fn next_to_send(&mut self, window: Limits) -> Option<&Entry<C>> {
+        let id = self.peek_to_send(window)?.request.id;
         self.waiting.pop_front();
+        let entry = self.places.get_mut(place(id))?.as_mut()?;
         entry.state = State::Sent;
         self.sent += 1;
-        self.sent_bytes += bytes;
+        self.sent_bytes += data_bytes(entry.request.op, entry.request.range);
         Some(entry)
     }
 
@@ -204,6 +207,24 @@ impl<C> Inflight<C> {
             }
         }
         (self.sent, self.sent_bytes) = (0, 0);
+        replays
+    }
+
+    /// Another gateway process has taken the link over: what was withdrawn is sent again before what was not sent yet, oldest
+    /// first. Answers how many requests that are.
+    pub fn renew(&mut self) -> usize {
+        let mut again = VecDeque::new();
+        for id in &self.order {
+            let entry = self.places[place(*id)].as_mut().filter(|entry| entry.request.id == *id);
+            if let Some(entry) = entry.filter(|entry| entry.state == State::Withdrawn) {
+                entry.state = State::Waiting;
+                again.push_back(*id);
+            }
+        }
+        let replays = again.len();
+        // Ids go out in their order: none that waits is older than one that was withdrawn.
+        again.append(&mut self.waiting);
+        self.waiting = again;
         replays
     }
 

@@ -13,8 +13,11 @@ use crate::send_queue;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use spline_link::{Accepted, Hello, LinkError, Mode, Refusal, Refused, Welcome};
-use spline_types::{OnUnavailable, RequestId};
+use spline_link::ring::NebdRing;
+use spline_link::{
+    Accepted, FEATURE_RING, Header, Hello, LinkError, Message, Mode, Refusal, Refused, Welcome, passing,
+};
+use spline_types::{Epoch, OnUnavailable, RequestId};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -75,9 +78,15 @@ pub enum Next {
 #[derive(Debug)]
 enum State {
     Down { retry_at: Instant },
-    Greeting { socket: OwnedFd, deadline: Instant },
+    Greeting { socket: OwnedFd, deadline: Instant, ring: Option<Box<NebdRing>> },
     Up { socket: OwnedFd, leaving: Option<Instant> },
     Ended,
+}
+
+/// A frame that a gateway must not send, or not on such a link.
+pub fn not_ours(message: &Message) -> LinkDown {
+    let kind = Header::bare(message.clone()).encode()[4];
+    LinkError::Unknown { field: "kind", value: kind.into() }.into()
 }
 
 /// The link. Owned by one thread.
@@ -94,6 +103,8 @@ pub struct Link {
     served: bool,
     backoff: Duration,
     down_since: Instant,
+    /// The ring of a link that has just come up, until it is taken.
+    ring: Option<Box<NebdRing>>,
     /// What was logged last about a failed attempt, so that it is logged once.
     told: Option<String>,
 }
@@ -111,6 +122,7 @@ impl Link {
             served: hello.identity.is_some(),
             backoff: BACKOFF_MIN,
             down_since: now,
+            ring: None,
             told: None,
             hello,
         }
@@ -192,11 +204,28 @@ impl Link {
         net::connect(&socket, &address).map_err(io::Error::from)?;
         poller.add(socket.as_fd(), token, EventFlags::IN)?;
         send_queue::widen(socket.as_fd());
-        // A hello is small and the socket empty: it takes all of it.
-        rustix::io::write(&socket, &self.hello.encode()).map_err(io::Error::from)?;
+        let ring = self.say_hello(socket.as_fd())?;
         self.greeting.clear();
-        self.state = State::Greeting { socket, deadline: now + WELCOME_TIMEOUT };
+        self.state = State::Greeting { socket, deadline: now + WELCOME_TIMEOUT, ring };
         Ok(())
+    }
+
+    /// A hello is small and the socket empty: it takes all of it. With it goes a new ring, if one is wanted and can be had.
+    fn say_hello(&self, socket: BorrowedFd<'_>) -> io::Result<Option<Box<NebdRing>>> {
+        let wanted = self.hello.features & FEATURE_RING != 0;
+        match wanted.then(NebdRing::create).transpose() {
+            Ok(Some((ring, fds))) => {
+                let fds = [fds.memory.as_fd(), fds.to_gateway.as_fd(), fds.to_nebd.as_fd()];
+                passing::send(socket, &self.hello.encode(), &fds)?;
+                Ok(Some(Box::new(ring)))
+            }
+            Ok(None) => passing::send(socket, &self.hello.encode(), &[]).map(|_| None),
+            Err(error) => {
+                tracing::warn!(%error, "no shared memory for a link, requests travel over its socket");
+                let plain = Hello { features: self.hello.features & !FEATURE_RING, ..self.hello.clone() };
+                passing::send(socket, &plain.encode(), &[]).map(|_| None)
+            }
+        }
     }
 
     /// Reads the welcome as far as it has come; answers it once it is there and accepts. What came behind it is
@@ -223,8 +252,19 @@ impl Link {
         if self.hello.identity.is_some_and(|known| known != accepted.identity) {
             return Err(LinkError::Mismatch { field: "identity", value: accepted.identity.parts().1 }.into());
         }
-        self.accept(&accepted, now);
+        self.accept(&accepted, now)?;
         Ok(Some(accepted))
+    }
+
+    /// The ring of a link that has just come up; `None` if requests travel over its socket. To be taken once.
+    pub fn take_ring(&mut self) -> Option<Box<NebdRing>> {
+        self.ring.take()
+    }
+
+    /// Another gateway process serves the link, with a session of this epoch.
+    pub fn renewed(&mut self, epoch: Epoch) {
+        self.hello.mode = Mode::Resume { epoch };
+        tracing::info!(%epoch, "another gateway process has taken the link over");
     }
 
     /// The first bytes of the stream, which came together with the welcome. To be taken once.
@@ -232,10 +272,14 @@ impl Link {
         std::mem::take(&mut self.greeting)
     }
 
-    fn accept(&mut self, accepted: &Accepted, now: Instant) {
-        if let State::Greeting { socket, .. } =
-            std::mem::replace(&mut self.state, State::Down { retry_at: now })
-        {
+    fn accept(&mut self, accepted: &Accepted, now: Instant) -> Result<(), LinkError> {
+        let with_ring = accepted.features & FEATURE_RING != 0;
+        let state = std::mem::replace(&mut self.state, State::Down { retry_at: now });
+        if let State::Greeting { socket, ring, .. } = state {
+            self.ring = ring.filter(|_| with_ring);
+            if with_ring && self.ring.is_none() {
+                return Err(LinkError::Mismatch { field: "features", value: accepted.features });
+            }
             self.state = State::Up { socket, leaving: None };
         }
         self.window = Limits { requests: accepted.requests_max as usize, bytes: accepted.bytes_max };
@@ -245,7 +289,10 @@ impl Link {
         self.served = true;
         self.backoff = BACKOFF_MIN;
         self.told = None;
-        tracing::info!(epoch = %accepted.epoch, size = accepted.geometry.size, "link to the gateway is up");
+        tracing::info!(
+            epoch = %accepted.epoch, size = accepted.geometry.size, ring = with_ring, "link to the gateway is up"
+        );
+        Ok(())
     }
 
     /// The gateway leaves: it gets no more requests, answers what it can and closes.
@@ -259,6 +306,7 @@ impl Link {
     /// many requests that are.
     pub fn fail(&mut self, why: &LinkDown, waiting: usize, now: Instant) -> Next {
         let was_up = self.is_up();
+        self.ring = None;
         // Closing the socket also takes it out of epoll.
         self.state = State::Down { retry_at: now + self.backoff };
         self.greeting = Vec::new();

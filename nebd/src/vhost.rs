@@ -4,8 +4,8 @@
 //! of its own, serve groups of queues, so that no lock is shared between queues.
 //!
 //! Modules in the order in which a front-end and its requests meet them: [`control`] over [`connection`] and [`message`] →
-//! [`device`] with [`config`], [`memory`] and [`inflight`] → [`order`] → [`worker`] → [`queue`] → [`request`] → [`stream`] → the
-//! gateway, and back through [`status`].
+//! [`device`] with [`config`], [`memory`] and [`inflight`] → [`order`] → [`worker`] → [`queue`] → [`request`] → [`ringed`], or
+//! [`stream`] where there is no ring → the gateway, and back through [`status`].
 //!
 //! Knows: vhost-user, virtqueues, guest memory. Must not know: NBD, the link's encoding beyond its frames, the cluster.
 //! `guest_cannot_crash_us`: what a guest writes is copied once, then checked, then used.
@@ -20,6 +20,7 @@ pub mod message;
 pub mod order;
 pub mod queue;
 pub mod request;
+pub mod ringed;
 pub mod status;
 pub mod stream;
 pub mod worker;
@@ -35,6 +36,7 @@ use crate::metrics::Families;
 use crate::{Nebd, Stopper};
 use anyhow::Context;
 use order::{Mailbox, Order};
+use spline_link::{FEATURE_RING, Hello};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -51,7 +53,7 @@ pub(crate) fn spawn(
     families: &Families,
 ) -> anyhow::Result<Nebd> {
     let volume = export.volume.as_str();
-    let hello = export.hello();
+    let hello = Hello { features: FEATURE_RING, ..export.hello() };
     let (reports, size) = (Arc::new(Mailbox::new()?), Arc::default());
     let (mut mailboxes, mut workers) = (Vec::new(), Vec::new());
     for number in 0..usize::from(device.threads) {

@@ -38,6 +38,22 @@ fn a_lost_link_replays_oldest_first_before_new() {
 }
 
 #[test]
+fn what_was_withdrawn_is_sent_again_on_a_link_that_was_taken_over() {
+    let now = Instant::now();
+    let mut table = Inflight::new(WIDE);
+    let ids: Vec<_> = (1..=4).map(|context| write(&mut table, context, now)).collect();
+    assert_eq!(send_all(&mut table, WIDE), [1, 2, 3, 4]);
+    for id in [ids[2], ids[0]] {
+        assert!(matches!(table.complete(id, &Completion::Withdrawn), Outcome::Kept));
+    }
+    write(&mut table, 9, now);
+    assert_eq!(table.renew(), 2);
+    assert_eq!(send_all(&mut table, WIDE), [1, 3, 9], "the second and the fourth are still under way");
+    assert!(matches!(table.complete(ids[3], &Completion::Done(())), Outcome::Answer(_)));
+    assert_eq!(table.renew(), 0);
+}
+
+#[test]
 fn a_request_that_takes_long_does_not_make_the_table_grow() {
     let now = Instant::now();
     let mut table = Inflight::new(WIDE);

@@ -4,14 +4,14 @@
 //! fits no request that was sent cuts the link.
 
 use super::reader::{Body, Reader};
-use super::{Link, LinkDown};
+use super::{Link, LinkDown, not_ours};
 use crate::inflight::Outcome;
 use crate::poller::Poller;
 use crate::receive::{READS_PER_TURN, Received, read_after, read_payload};
 use crate::send_queue::SendQueue;
 use crate::volume::{Answer, Origin, ReadData, Volume};
 use rustix::event::epoll::EventFlags;
-use spline_link::{Header, LinkError, Message, extents};
+use spline_link::{Header, Message, extents};
 use spline_types::{BlockOp, Completion, Fault, RequestId, Unavailable};
 use std::rc::Rc;
 
@@ -149,8 +149,7 @@ fn act(
             Ok(())
         }
         Message::Lost => Err(LinkDown::Lost),
-        Message::Request(_) => Err(LinkError::Unknown { field: "kind", value: 1 }.into()),
-        Message::Detach => Err(LinkError::Unknown { field: "kind", value: 6 }.into()),
+        other => Err(not_ours(&other)),
     }
 }
 

@@ -17,7 +17,7 @@ pub use dirty_log::DirtyLog;
 pub use mapping::{MapError, Mapping};
 pub use ring::Ring;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -77,15 +77,17 @@ pub struct OutsideMemory {
 pub struct Region {
     place: RegionPlace,
     mapping: Mapping,
+    /// To be passed on.
+    file: OwnedFd,
 }
 
 impl Region {
-    fn map(place: RegionPlace, fd: &OwnedFd) -> Result<Self, MemoryError> {
+    fn map(place: RegionPlace, file: OwnedFd) -> Result<Self, MemoryError> {
         let ends =
             (place.guest_address.checked_add(place.length), place.user_address.checked_add(place.length));
         let (Some(_), Some(_)) = ends else { return Err(MemoryError::Wraps(place)) };
-        match Mapping::shared(fd.as_fd(), place.offset, place.length) {
-            Ok(mapping) => Ok(Self { place, mapping }),
+        match Mapping::shared(file.as_fd(), place.offset, place.length) {
+            Ok(mapping) => Ok(Self { place, mapping, file }),
             Err(why) => Err(MemoryError::Map { guest_address: place.guest_address, why }),
         }
     }
@@ -93,6 +95,11 @@ impl Region {
     /// Where it lies.
     pub fn place(&self) -> RegionPlace {
         self.place
+    }
+
+    /// Its file.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Its first guest address.
@@ -160,7 +167,7 @@ impl GuestMemory {
         if self.regions.len() >= REGIONS_MAX {
             return Err(MemoryError::TooMany);
         }
-        let region = Region::map(place, &fd)?;
+        let region = Region::map(place, fd)?;
         if let Some(other) = self.regions.iter().find(|other| other.overlaps(&region)) {
             return Err(MemoryError::Overlap(other.guest_address(), place.guest_address));
         }
@@ -198,8 +205,8 @@ impl GuestMemory {
     }
 
     /// All regions by guest address; a [`Segment`] names one by its place here.
-    pub fn regions(&self) -> impl ExactSizeIterator<Item = &Region> {
-        self.regions.iter().map(|region| &**region)
+    pub fn regions(&self) -> impl ExactSizeIterator<Item = &Arc<Region>> {
+        self.regions.iter()
     }
 
     /// One past the highest guest address.

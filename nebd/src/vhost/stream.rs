@@ -1,4 +1,4 @@
-//! What travels over a worker's link: frames whose payload lies in the guest's memory.
+//! What travels over the socket of a worker's link that has no ring: frames whose payload lies in the guest's memory.
 //!
 //! Called by the worker once its link is up. Data of a guest's write goes from its memory into the socket, data of a read from
 //! the socket into its memory; nebd keeps no copy, so a replay sends what the guest's memory holds by then. Must not know:
@@ -7,9 +7,9 @@
 use super::memory::io::{Incoming, Outgoing};
 use super::memory::{GuestMemory, Segment};
 use crate::inflight::{Entry, Inflight, Outcome};
-use crate::link::{Link, LinkDown};
+use crate::link::{Link, LinkDown, not_ours};
 use crate::receive::{READS_PER_TURN, Received, read_after};
-use spline_link::{HEADER_BYTES, Header, LinkError, Message};
+use spline_link::{HEADER_BYTES, Header, Message};
 use spline_types::{BlockOp, Completion, Fault, RequestId, Unavailable};
 use std::collections::VecDeque;
 use std::io;
@@ -56,6 +56,8 @@ pub enum Event {
     Ended(Entry<Asked>, Result<(), Fault>),
     /// The volume has a new size, bytes.
     Resized(u64),
+    /// Another gateway process has taken the link over: what was withdrawn is to be sent again.
+    Renewed,
 }
 
 /// A read's data on its way.
@@ -230,8 +232,7 @@ impl Stream {
                 Message::Resized { size } => on(Event::Resized(size)),
                 Message::Leaving => link.gateway_leaves(now),
                 Message::Lost => return Err(LinkDown::Lost),
-                Message::Request(_) => return Err(LinkError::Unknown { field: "kind", value: 1 }.into()),
-                Message::Detach => return Err(LinkError::Unknown { field: "kind", value: 6 }.into()),
+                other => return Err(not_ours(&other)),
             }
         }
         self.partial.extend_from_slice(input);
@@ -371,7 +372,8 @@ fn put(table: &Inflight<Asked>, coming: &Coming, mut bytes: &[u8]) {
     }
 }
 
-fn end(
+/// Ends a request by its completion.
+pub(super) fn end(
     id: RequestId,
     completion: Completion,
     table: &mut Inflight<Asked>,

@@ -24,6 +24,7 @@ use crate::poller::Poller;
 use crate::vhost::memory::Segment;
 use crate::vhost::order::{Bell, Done, Mailbox, Order, Report};
 use crate::vhost::queue::{Chain, QueueError};
+use crate::vhost::ringed::RingStream;
 use crate::vhost::stream::{Asked, Stream};
 use anyhow::{Context, anyhow};
 use polling::Polling;
@@ -41,6 +42,8 @@ use std::time::{Duration, Instant};
 
 const ORDERS: u64 = 0;
 const LINK: u64 = 1;
+/// The bell of the link's ring.
+const BELL: u64 = 2;
 /// Queues are numbered from here up.
 const QUEUES: u64 = 16;
 /// Chains fetched from a queue before the others get their turn.
@@ -55,6 +58,17 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 /// Lists of segments that are kept to be used again are no longer than this; larger ones are rare.
 const SPARE_SEGMENTS_MAX: usize = 64;
+
+/// What requests travel over.
+#[derive(Debug)]
+enum Carrier {
+    /// There is no link.
+    None,
+    /// Its socket.
+    Socket(Stream),
+    /// A ring in shared memory.
+    Ring(RingStream),
+}
 
 /// What a worker is made of.
 #[derive(Debug)]
@@ -83,7 +97,7 @@ pub struct Worker {
     setup: Setup,
     poller: Poller,
     link: Option<Link>,
-    stream: Stream,
+    carrier: Carrier,
     watching_out: bool,
     table: Inflight<Asked>,
     queues: BTreeMap<u16, Served>,
@@ -111,6 +125,36 @@ pub struct Worker {
     idle_at: Option<Instant>,
 }
 
+impl Carrier {
+    fn has_answers(&mut self) -> bool {
+        match self {
+            Self::Ring(ring) => ring.has_answers(),
+            Self::None | Self::Socket(_) => false,
+        }
+    }
+
+    /// Says that the worker is about to wait; false if it must not.
+    fn sleep(&mut self) -> bool {
+        match self {
+            Self::Ring(ring) => ring.sleep(),
+            Self::None | Self::Socket(_) => true,
+        }
+    }
+
+    fn is_within_a_frame(&self) -> bool {
+        matches!(self, Self::Socket(stream) if stream.is_within_a_frame())
+    }
+
+    /// The socket has no room for more: it is watched until it has.
+    fn is_full(&self) -> bool {
+        match self {
+            Self::None => false,
+            Self::Socket(stream) => stream.full,
+            Self::Ring(ring) => ring.full,
+        }
+    }
+}
+
 impl Worker {
     /// A worker that waits for orders; the first of an export also opens the volume.
     ///
@@ -125,7 +169,7 @@ impl Worker {
             link: open.map(|hello| Link::new(setup.gateway.clone(), hello, now)),
             setup,
             poller,
-            stream: Stream::default(),
+            carrier: Carrier::None,
             watching_out: false,
             table: Inflight::new(limits),
             queues: BTreeMap::new(),
@@ -173,6 +217,8 @@ impl Worker {
                 match *token {
                     ORDERS => self.obey_all(),
                     LINK => self.link_ready()?,
+                    // Completions are looked for in every turn.
+                    BELL => {}
                     queue => self.kicked((queue - QUEUES) as u16, *flags),
                 }
             }
@@ -250,10 +296,12 @@ impl Worker {
     /// Fetches, sends and answers until there is nothing to do. True if more is to be done at once.
     fn settle(&mut self) -> anyhow::Result<bool> {
         for _ in 0..ROUNDS_PER_TURN {
+            self.take_answers()?;
             let room = self.fetch_all();
             self.flush()?;
             self.queues.values_mut().for_each(Served::publish);
-            if !(room && (self.look() || self.listen_all())) {
+            let more = (room && (self.look() || self.listen_all())) | self.carrier.has_answers();
+            if !more && self.carrier.sleep() {
                 self.finish();
                 return Ok(false);
             }
@@ -293,6 +341,9 @@ impl Worker {
             if self.table.is_empty() {
                 self.scratch = vec![0; SCRATCH_BYTES];
                 (self.spare, self.answers) = (Vec::new(), Vec::new());
+                if let Carrier::Ring(ring) = &mut self.carrier {
+                    ring.forget_memories();
+                }
                 memory::trim();
             }
         }
@@ -302,7 +353,7 @@ impl Worker {
     fn part(&mut self) {
         let Some(link) = &mut self.link else { return };
         if let Some(socket) = link.socket()
-            && !self.stream.is_within_a_frame()
+            && !self.carrier.is_within_a_frame()
             && let Err(error) = rustix::io::write(socket, &Header::bare(Message::Detach).encode())
         {
             tracing::debug!(%error, "goodbye to the gateway not sent");

@@ -2,13 +2,13 @@
 //!
 //! Layout (48 bytes, then the payload): magic u32 | kind u8 | op u8 | flags u16 | request u64 | offset u64 |
 //! length u64 | payload u32 | status u16 | reserved u16 | reserved u64. Fields that a kind does not use are zero;
-//! `Resized` carries its size in `length`.
+//! `Resized` carries its size in `length`, `Region` and `RegionGone` their number in `request`, `Renewed` its epoch there.
 
 use crate::error::LinkError;
 use crate::fault::{completion_code, completion_from_code};
 use crate::fields::{put, u16_at, u32_at, u64_at, within, zero};
 use spline_types::limits::{REQUEST_BYTES_MAX, VOLUME_BYTES_MAX};
-use spline_types::{BlockOp, BlockRequest, ByteRange, Completion, RequestId};
+use spline_types::{BlockOp, BlockRequest, ByteRange, Completion, Epoch, RequestId};
 
 /// "SPLF" as it lies on the socket.
 pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"SPLF");
@@ -21,6 +21,9 @@ const KIND_RESIZED: u8 = 3;
 const KIND_LEAVING: u8 = 4;
 const KIND_LOST: u8 = 5;
 const KIND_DETACH: u8 = 6;
+const KIND_REGION: u8 = 7;
+const KIND_REGION_GONE: u8 = 8;
+const KIND_RENEWED: u8 = 9;
 
 const FLAG_FUA: u16 = 1;
 const FLAG_NO_HOLE: u16 = 2;
@@ -50,6 +53,26 @@ pub enum Message {
     Lost,
     /// nebd: it ends for good; the session may be closed once the requests before this are answered.
     Detach,
+    /// nebd: requests in the ring may name this memory from now on. Its descriptor comes with the frame. From V4 on.
+    Region {
+        /// Its number, larger than any before on this link.
+        number: u32,
+        /// Where it starts in its file, bytes.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// nebd: no request names it any more. From V4 on.
+    RegionGone {
+        /// Which.
+        number: u32,
+    },
+    /// Gateway: another process has taken the link over with a session of this epoch; what it found unanswered was withdrawn and
+    /// is to be sent again on this link. From V4 on.
+    Renewed {
+        /// The epoch; 0 for engines without sessions.
+        epoch: Epoch,
+    },
 }
 
 /// A frame without its payload's bytes.
@@ -109,6 +132,20 @@ impl Header {
             Message::Leaving => bytes[4] = KIND_LEAVING,
             Message::Lost => bytes[4] = KIND_LOST,
             Message::Detach => bytes[4] = KIND_DETACH,
+            Message::Region { number, offset, length } => {
+                bytes[4] = KIND_REGION;
+                put(&mut bytes, 8, &u64::from(*number).to_le_bytes());
+                put(&mut bytes, 16, &offset.to_le_bytes());
+                put(&mut bytes, 24, &length.to_le_bytes());
+            }
+            Message::RegionGone { number } => {
+                bytes[4] = KIND_REGION_GONE;
+                put(&mut bytes, 8, &u64::from(*number).to_le_bytes());
+            }
+            Message::Renewed { epoch } => {
+                bytes[4] = KIND_RENEWED;
+                put(&mut bytes, 8, &epoch.get().to_le_bytes());
+            }
         }
         bytes
     }
@@ -136,6 +173,13 @@ impl Header {
             KIND_LEAVING => Message::Leaving,
             KIND_LOST => Message::Lost,
             KIND_DETACH => Message::Detach,
+            KIND_REGION => Message::Region {
+                number: number(bytes)?,
+                offset: u64_at(bytes, 16),
+                length: u64_at(bytes, 24),
+            },
+            KIND_REGION_GONE => Message::RegionGone { number: number(bytes)? },
+            KIND_RENEWED => Message::Renewed { epoch: Epoch::new(u64_at(bytes, 8)) },
             other => return Err(LinkError::Unknown { field: "kind", value: other.into() }),
         };
         if !matches!(message, Message::Request(_) | Message::Reply { .. }) {
@@ -143,6 +187,11 @@ impl Header {
         }
         Ok(Self { message, payload })
     }
+}
+
+fn number(bytes: &[u8; HEADER_BYTES]) -> Result<u32, LinkError> {
+    let raw = u64_at(bytes, 8);
+    u32::try_from(raw).map_err(|_| LinkError::Limit { field: "region", value: raw, limit: u32::MAX.into() })
 }
 
 /// The codes of a request's operation and flags, which a ring uses too.

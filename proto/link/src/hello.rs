@@ -81,8 +81,8 @@ pub enum Mode {
 pub struct Hello {
     /// Versions that nebd speaks.
     pub versions: VersionRange,
-    /// Optional abilities that nebd offers, one bit each; none exist yet. Unknown bits are ignored by the gateway,
-    /// which answers with the subset to use.
+    /// Optional abilities that nebd offers, one bit each: [`FEATURE_RING`](crate::version::FEATURE_RING). Unknown bits are
+    /// ignored by the gateway, which answers with the subset to use.
     pub features: u64,
     /// First link or resumed.
     pub mode: Mode,

@@ -1,6 +1,7 @@
 //! The contract between nebd and gateway: what the two say to each other over one unix stream socket.
 //!
-//! Called by nebd's `link` and the gateway's `link`. Pure codecs: bytes in, bytes out; no socket, no clock, no tokio.
+//! Called by nebd's `link` and the gateway's `link`. Codecs are pure: bytes in, bytes out; no clock, no tokio. What needs the
+//! kernel stands apart: [`memory`], [`ring::shared`] and [`passing`].
 //!
 //! A connection starts with one [`Hello`] from nebd and one [`Welcome`] from the gateway; after an accepted hello
 //! both sides send frames, a [`Header`] of 48 bytes and its payload:
@@ -13,6 +14,11 @@
 //! | gateway | `Resized` | the volume has a new size |
 //! | gateway | `Leaving` | this gateway ends; everything unanswered is to be replayed on the next link |
 //! | gateway | `Lost` | the session went to someone newer; nothing will be answered any more |
+//! | nebd | `Region`, `RegionGone` | memory that requests in the ring may name, its descriptor passed along; no longer |
+//! | gateway | `Renewed` | another gateway process has taken the link over; what it withdrew is sent again |
+//!
+//! If both sides can, `Request` and `Reply` do not travel over the socket but in a [`ring`] in shared memory, and their data lies
+//! in regions that nebd has passed on. Who comes without a ring, or an older version, is served over the socket.
 //!
 //! A link that just drops keeps the session: nebd comes back with `Mode::Resume` and replays what was not answered,
 //! oldest first, before anything new (`replay_before_new`). It names the session that it was last told of: if anybody
@@ -24,7 +30,7 @@
 //! either end.
 //!
 //! Modules in the order in which a request meets them: [`version`] → [`hello`] → [`welcome`] → [`frame`] →
-//! [`extents`]; [`fault`] and [`error`] serve all of them.
+//! [`ring`] → [`extents`]; [`fault`] and [`error`] serve all of them.
 
 pub mod error;
 pub mod extents;
@@ -32,6 +38,7 @@ pub mod fault;
 pub mod frame;
 pub mod hello;
 pub mod memory;
+pub mod passing;
 pub mod ring;
 pub mod version;
 pub mod welcome;
@@ -44,5 +51,5 @@ mod tests;
 pub use error::LinkError;
 pub use frame::{HEADER_BYTES, Header, Message};
 pub use hello::{Hello, Identity, InstanceId, Mode};
-pub use version::{LinkVersion, VersionRange};
+pub use version::{FEATURE_RING, LinkVersion, VersionRange};
 pub use welcome::{Accepted, Refusal, Refused, VolumeTraits, Welcome};

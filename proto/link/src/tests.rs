@@ -1,4 +1,4 @@
-//! Golden bytes of version 3, round trips, and arbitrary bytes against every decoder.
+//! Golden bytes of versions 3 and 4, round trips, and arbitrary bytes against every decoder.
 
 use crate::extents;
 use crate::fault::fault_from_code;
@@ -69,7 +69,7 @@ fn only_a_first_link_may_force() {
 
 #[test]
 fn a_hello_of_another_version_is_refused_before_the_rest_is_read() {
-    for (min, max) in [(1u16, 1u16), (1, 3), (2, 2), (2, 3), (4, 5)] {
+    for (min, max) in [(1u16, 1u16), (1, 3), (2, 2), (2, 3), (5, 6)] {
         let hello = Hello { versions: VersionRange { min, max }, ..hello() };
         let refused = Hello::decode(&hello.encode()[..8]).expect_err("another layout");
         assert!(refused.to_string().contains(&format!("theirs_min={min} theirs_max={max}")), "{refused}");
@@ -139,6 +139,22 @@ fn golden_frames_v3() {
         hex(&resized.encode()),
         format!("53504c4603000000{}0000100000000000{}", "0".repeat(32), "0".repeat(32))
     );
+}
+
+#[test]
+fn golden_frames_v4() {
+    let region = Header::bare(Message::Region { number: 7, offset: 4096, length: 1 << 20 });
+    assert_eq!(
+        hex(&region.encode()),
+        format!("53504c4607000000070000000000000000100000000000000000100000000000{}", "0".repeat(32))
+    );
+    let gone = Header::bare(Message::RegionGone { number: 7 });
+    assert_eq!(hex(&gone.encode()), format!("53504c46080000000700000000000000{}", "0".repeat(64)));
+    let renewed = Header::bare(Message::Renewed { epoch: Epoch::new(12) });
+    assert_eq!(hex(&renewed.encode()), format!("53504c46090000000c00000000000000{}", "0".repeat(64)));
+    let mut too_many = gone.encode();
+    too_many[12] = 1;
+    assert!(Header::decode(&too_many).is_err(), "numbers have 32 bits");
 }
 
 #[test]
@@ -220,6 +236,13 @@ fn message() -> impl Strategy<Value = Header> {
         Just(Message::Leaving),
         Just(Message::Lost),
         Just(Message::Detach),
+        (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(number, offset, length)| Message::Region {
+            number,
+            offset,
+            length
+        }),
+        any::<u32>().prop_map(|number| Message::RegionGone { number }),
+        any::<u64>().prop_map(|epoch| Message::Renewed { epoch: Epoch::new(epoch) }),
     ];
     prop_oneof![request, done, failed, bare.prop_map(Header::bare)]
 }

@@ -4,7 +4,7 @@
 //! frames.
 
 use super::served::Served;
-use super::{QUEUES, Worker};
+use super::{Carrier, QUEUES, Worker};
 use crate::link::{Link, LinkDown};
 use crate::vhost::order::{Done, Order, QueueStart, Report};
 use crate::vhost::queue::QueueError;
@@ -101,11 +101,13 @@ impl Worker {
             served.end(&self.poller);
         }
         let nothing_open = self.table.is_empty();
-        if self.stream.is_within_a_frame() {
+        if self.carrier.is_within_a_frame() {
             // Half of a frame can be neither taken back nor finished. It never fails to be tried again.
             let _ = self.link_failed(&LinkDown::Abandoned);
         }
-        self.stream.forget_unsent().for_each(|id| drop(self.table.forget(id)));
+        if let Carrier::Socket(stream) = &mut self.carrier {
+            stream.forget_unsent().for_each(|id| drop(self.table.forget(id)));
+        }
         let unsent: Vec<_> = self.table.unsent().collect();
         unsent.into_iter().for_each(|id| drop(self.table.forget(id)));
         self.table.contexts_mut(|asked| {

@@ -10,10 +10,18 @@ use crate::vhost::queue::{Chain, QueueError};
 use crate::vhost::request::{self, Wish, understand};
 use crate::vhost::status::{BlkStatus, blk_status};
 use crate::vhost::stream::{Asked, GuestRequest};
+use spline_link::ring::PIECES_MAX;
 use spline_types::limits::VOLUME_INFLIGHT_REQUESTS;
-use spline_types::{BlockOp, ByteRange, Fault};
+use spline_types::{BlockOp, ByteRange, Fault, Invalid};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+/// A request in more pieces than a link carries: more than a device announces.
+const TOO_LARGE: Fault = Fault::Invalid(Invalid::TooLarge);
+
+fn pieces_of(chain: &Chain) -> usize {
+    chain.readable.len().max(chain.writable.len())
+}
 
 impl Worker {
     /// Whether the table has room for more.
@@ -66,6 +74,7 @@ impl Worker {
             false => understand(chain, &memory, &self.setup.export, served.writethrough),
         };
         let (wish, status) = understood.inspect_err(|_| served.queue.forget(chain.head))?;
+        let wish = if pieces_of(chain) > PIECES_MAX { Wish::Refused(TOO_LARGE) } else { wish };
         let fenced = self.lost || served.fenced > 0;
         served.fenced = served.fenced.saturating_sub(1);
         let (written, outcome) = match wish {

@@ -1,0 +1,309 @@
+//! What travels over a worker's link that has a ring: requests and completions in shared memory, data where the guest has it.
+//!
+//! Called by the worker once its link is up; [`stream`](super::stream) is the same over a socket. The gateway maps the guest's memory:
+//! each region is passed on once, before the first request that names it, and taken back when no request can name it any more.
+//! Must not know: rings of the guest. `complete_once`: a completion that fits no request that was sent cuts the link.
+
+use super::memory::{GuestMemory, Region, Segment};
+use super::stream::{Asked, Event, end};
+use crate::inflight::Inflight;
+use crate::link::{Link, LinkDown, not_ours};
+use crate::poller::Poller;
+use crate::receive::{READS_PER_TURN, Received, read_after};
+use rustix::event::epoll::EventFlags;
+use spline_link::passing::{self, FDS_MAX};
+use spline_link::ring::{NebdRing, PIECES_MAX, Piece};
+use spline_link::{HEADER_BYTES, Header, Message};
+use spline_types::BlockOp;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A guest's memory that requests name, and the numbers of its regions on this link.
+#[derive(Debug)]
+struct Known {
+    memory: Arc<GuestMemory>,
+    numbers: Vec<u32>,
+}
+
+/// A frame that passes a region on, or takes it back.
+#[derive(Debug)]
+enum Notice {
+    Region(u32, Arc<Region>),
+    Gone(u32),
+}
+
+/// A ring, and what the gateway knows of the guest's memory.
+#[derive(Debug)]
+pub struct RingStream {
+    ring: Box<NebdRing>,
+    /// Less than a frame's header.
+    partial: Vec<u8>,
+    /// The newest last.
+    known: Vec<Known>,
+    next_number: u32,
+    /// Frames that the socket has not taken.
+    notices: Vec<Notice>,
+    pieces: Vec<Piece>,
+    /// The socket took less than it was given: it is watched for room.
+    pub full: bool,
+}
+
+impl RingStream {
+    /// The ring of a link that has just come up; `left_over` came with its welcome. Its bell is watched with `token`.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl.
+    pub fn new(ring: Box<NebdRing>, left_over: Vec<u8>, poller: &Poller, token: u64) -> io::Result<Self> {
+        // Edge-triggered: a bell is never read, each ring of it is an event.
+        poller.add(ring.bell(), token, EventFlags::IN | EventFlags::ET)?;
+        Ok(Self {
+            ring,
+            partial: left_over,
+            known: Vec::new(),
+            next_number: 0,
+            notices: Vec::new(),
+            pieces: Vec::new(),
+            full: false,
+        })
+    }
+
+    /// Watches the bell no more: the gateway holds it too, so that closing it would not end that.
+    pub fn close(self, poller: &Poller) {
+        poller.remove(self.ring.bell());
+    }
+
+    /// How often the gateway had to be woken.
+    pub fn bells(&self) -> u64 {
+        self.ring.bells()
+    }
+
+    /// Puts unsent requests into the ring, oldest first, as far as there is room, and shows them to the gateway.
+    ///
+    /// # Errors
+    /// The link ended; the caller calls [`Link::fail`].
+    pub fn flush(&mut self, link: &Link, table: &mut Inflight<Asked>) -> Result<(), LinkDown> {
+        self.full = false;
+        while let Some(window) = link.window() {
+            let Some(entry) = table.peek_to_send(window) else { break };
+            let (request, context) = (entry.request, &entry.context);
+            self.pieces.clear();
+            if let Asked::Guest(guest) = context
+                && matches!(request.op, BlockOp::Read | BlockOp::Write)
+            {
+                let memory = Arc::clone(&guest.memory);
+                let known = match self.known.iter().rposition(|known| Arc::ptr_eq(&known.memory, &memory)) {
+                    Some(known) => known,
+                    None => self.learn(&memory),
+                };
+                let numbers = &self.known[known].numbers;
+                gather(&mut self.pieces, &guest.data, numbers);
+            }
+            if !self.ring.has_room(self.pieces.len())? || !self.tell(link)? {
+                break;
+            }
+            self.ring.push(&request, &self.pieces);
+            table.next_to_send(window);
+        }
+        self.ring.publish();
+        Ok(())
+    }
+
+    /// Gives numbers to the regions of a memory; those of another memory keep theirs.
+    fn learn(&mut self, memory: &Arc<GuestMemory>) -> usize {
+        let mut numbers = Vec::with_capacity(memory.regions().len());
+        for region in memory.regions() {
+            let number = self.number_of(region).unwrap_or_else(|| {
+                let number = self.next_number;
+                self.next_number += 1;
+                self.notices.push(Notice::Region(number, Arc::clone(region)));
+                number
+            });
+            numbers.push(number);
+        }
+        self.known.push(Known { memory: Arc::clone(memory), numbers });
+        self.known.len() - 1
+    }
+
+    fn number_of(&self, region: &Arc<Region>) -> Option<u32> {
+        self.known.iter().rev().find_map(|known| {
+            let at = known.memory.regions().position(|other| Arc::ptr_eq(other, region))?;
+            known.numbers.get(at).copied()
+        })
+    }
+
+    /// Forgets memories that no request and no queue has any more, but the last, and takes regions back that were only theirs.
+    pub fn forget_memories(&mut self) {
+        let last = self.known.len().saturating_sub(1);
+        let is_gone = |at: usize, known: &Known| at < last && Arc::strong_count(&known.memory) == 1;
+        if !self.known.iter().enumerate().any(|(at, known)| is_gone(at, known)) {
+            return;
+        }
+        let before = std::mem::take(&mut self.known);
+        let (gone, left): (Vec<_>, Vec<_>) =
+            before.into_iter().enumerate().partition(|(at, known)| is_gone(*at, known));
+        self.known = left.into_iter().map(|(_, known)| known).collect();
+        let mut unused: Vec<u32> = gone.iter().flat_map(|(_, known)| known.numbers.iter().copied()).collect();
+        unused.sort_unstable();
+        unused.dedup();
+        unused.retain(|number| !self.known.iter().any(|known| known.numbers.contains(number)));
+        self.notices.extend(unused.into_iter().map(Notice::Gone));
+    }
+
+    /// Sends notices; false if the socket has no room for all of them.
+    fn tell(&mut self, link: &Link) -> Result<bool, LinkDown> {
+        let Some(socket) = link.socket() else { return Ok(false) };
+        while !self.notices.is_empty() {
+            let many = &self.notices[..self.notices.len().min(FDS_MAX)];
+            let bytes: Vec<u8> = many.iter().flat_map(|notice| notice.frame().encode()).collect();
+            let fds: Vec<BorrowedFd<'_>> = many.iter().filter_map(Notice::file).collect();
+            match passing::send(socket, &bytes, &fds) {
+                // A unix socket takes a message of this size whole or not at all.
+                Ok(count) if count == bytes.len() => {
+                    let told = many.len();
+                    self.notices.drain(..told);
+                }
+                Ok(_) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.full = true;
+                    return Ok(false);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes completions. Each answered request is an event, exactly once (`complete_once`).
+    ///
+    /// # Errors
+    /// The link ended; the caller calls [`Link::fail`].
+    pub fn receive(
+        &mut self,
+        table: &mut Inflight<Asked>,
+        mut on: impl FnMut(Event),
+    ) -> Result<(), LinkDown> {
+        while let Some(answer) = self.ring.pop()? {
+            if answer.payload != 0 || table.sent(answer.id).is_none() {
+                return Err(LinkDown::WrongAnswer(answer.id));
+            }
+            end(answer.id, answer.completion, table, &mut on)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a completion is there.
+    pub fn has_answers(&mut self) -> bool {
+        // What makes no sense is found by `receive`.
+        self.ring.look().unwrap_or(true)
+    }
+
+    /// Says that the worker is about to wait. False if there is a completion: it must not.
+    pub fn sleep(&mut self) -> bool {
+        // As above.
+        self.ring.sleep().unwrap_or(false)
+    }
+
+    /// Says that the worker looks by itself.
+    pub fn wake(&mut self) {
+        self.ring.wake();
+    }
+
+    /// Reads frames from the socket.
+    ///
+    /// # Errors
+    /// The link ended; the caller calls [`Link::fail`].
+    pub fn receive_frames(
+        &mut self,
+        link: &mut Link,
+        table: &mut Inflight<Asked>,
+        scratch: &mut [u8],
+        now: Instant,
+        mut on: impl FnMut(Event),
+    ) -> Result<(), LinkDown> {
+        for _ in 0..READS_PER_TURN {
+            while let Some((head, rest)) = self.partial.split_first_chunk::<HEADER_BYTES>() {
+                let message = Header::decode(head)?.message;
+                self.partial = rest.to_vec();
+                self.act(message, link, table, now, &mut on)?;
+            }
+            let Some(socket) = link.socket() else { return Ok(()) };
+            match read_after(socket, &mut self.partial, scratch)? {
+                Received::Bytes { count, .. } => self.partial.extend_from_slice(&scratch[..count]),
+                Received::Nothing => return Ok(()),
+                Received::Closed => {
+                    // What it has answered counts: it is not to be carried out again.
+                    self.receive(table, &mut on)?;
+                    return Err(LinkDown::Closed);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn act(
+        &mut self,
+        message: Message,
+        link: &mut Link,
+        table: &mut Inflight<Asked>,
+        now: Instant,
+        on: &mut impl FnMut(Event),
+    ) -> Result<(), LinkDown> {
+        match message {
+            Message::Resized { size } => on(Event::Resized(size)),
+            Message::Leaving => link.gateway_leaves(now),
+            Message::Lost => {
+                self.receive(table, on)?;
+                return Err(LinkDown::Lost);
+            }
+            Message::Renewed { epoch } => {
+                // What was withdrawn was so before this was said.
+                self.receive(table, &mut *on)?;
+                link.renewed(epoch);
+                on(Event::Renewed);
+            }
+            other => return Err(not_ours(&other)),
+        }
+        Ok(())
+    }
+}
+
+impl Notice {
+    fn frame(&self) -> Header {
+        Header::bare(match self {
+            Self::Region(number, region) => {
+                let place = region.place();
+                Message::Region { number: *number, offset: place.offset, length: place.length }
+            }
+            Self::Gone(number) => Message::RegionGone { number: *number },
+        })
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Region(_, region) => Some(region.file()),
+            Self::Gone(_) => None,
+        }
+    }
+}
+
+/// A request's segments as pieces of numbered regions; those that adjoin each other are one. A request that the worker has
+/// taken has at most [`PIECES_MAX`].
+fn gather(pieces: &mut Vec<Piece>, segments: &[Segment], numbers: &[u32]) {
+    for segment in segments {
+        let region = numbers.get(segment.region as usize).copied().unwrap_or(u32::MAX);
+        match pieces.last_mut() {
+            Some(last)
+                if last.region == region
+                    && last.offset + u64::from(last.length) == segment.offset
+                    && last.length.checked_add(segment.length).is_some() =>
+            {
+                last.length += segment.length;
+            }
+            _ => pieces.push(Piece { region, length: segment.length, offset: segment.offset }),
+        }
+    }
+    debug_assert!(pieces.len() <= PIECES_MAX);
+}
