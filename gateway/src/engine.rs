@@ -4,6 +4,7 @@
 
 use crate::buffer::BufferPool;
 use crate::config::Config;
+use crate::shared::SharedData;
 use bytes::Bytes;
 use cluster::Cluster;
 use futures_util::future::BoxFuture;
@@ -14,6 +15,7 @@ use spline_types::{
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use tokio::sync::watch;
 
 pub mod cluster;
@@ -81,7 +83,7 @@ pub enum OpenError {
 }
 
 /// What serves the requests of one volume.
-pub trait Engine: Send + Sync + 'static {
+pub(crate) trait Engine: Send + Sync + 'static {
     /// A short lower-case name: `cluster`, `file`.
     fn name(&self) -> &'static str;
 
@@ -110,6 +112,12 @@ pub trait Engine: Send + Sync + 'static {
         payload: Bytes,
     ) -> BoxFuture<'static, Result<EngineAnswer, Fault>>;
 
+    /// A quick way in for one link, if there is one. Called on the runtime that will poll it. What is begun in it and what is
+    /// executed keep the same order where they meet.
+    fn lane(&self) -> Option<Box<dyn Lane>> {
+        None
+    }
+
     /// Ends everything that runs and gives the volume back. Later requests fail with `Fenced`.
     fn close(&self) -> BoxFuture<'_, ()>;
 
@@ -129,7 +137,8 @@ pub trait Engine: Send + Sync + 'static {
     /// Links are told to leave: what can not be carried out here any more fails with `Fenced`, and is withdrawn.
     fn leave(&self) {}
 
-    /// Ends everything that runs, but gives nothing back: the next process has the volume. False if something may still run.
+    /// Ends everything that runs, but gives nothing back: the next process has the volume. False if something may still run,
+    /// or if the volume must be opened anew for another reason.
     fn release(&self) -> BoxFuture<'_, bool> {
         Box::pin(async move {
             self.close().await;
@@ -151,7 +160,30 @@ pub(crate) struct Legacy {
     pub(crate) epoch: Epoch,
     pub(crate) identity: Identity,
     pub(crate) read_only: bool,
-    pub(crate) file: Option<OwnedFd>,
+    pub(crate) passed: Passed,
+}
+
+/// How a request that a lane was given has ended, by its ticket.
+pub(crate) type Ended = (u32, Result<(), Fault>);
+
+/// Carries out requests of one link whose data lies in shared memory, without a future, copy or allocation for each. It is
+/// the link's alone. Dropped in the middle, it sees to it that memory stays mapped, and the engine does not close, until what
+/// the kernel has of it has ended.
+pub(crate) trait Lane: Send {
+    /// Takes a request that was checked as for [`Engine::execute`]; the ticket comes back once, from [`Lane::poll`], which also
+    /// starts it. `data` is where a read's bytes go and a write's come from, and empty for a flush.
+    ///
+    /// # Errors
+    /// The data, if the request can not be served here: what it does, where its memory lies, what it would meet. Then it is
+    /// [`Engine::execute`]'s.
+    fn begin(&mut self, ticket: u32, request: &BlockRequest, data: SharedData) -> Result<(), SharedData>;
+
+    /// Starts what was begun since the last call, all with one system call, and appends what has ended. Ready if anything
+    /// has; else the waker is told when something may have. A lane that breaks fails everything it has, and takes nothing more.
+    fn poll(&mut self, cx: &mut Context<'_>, ended: &mut Vec<Ended>) -> Poll<()>;
+
+    /// Nothing is under way.
+    fn is_idle(&self) -> bool;
 }
 
 /// How a volume is to be opened.

@@ -61,7 +61,8 @@ impl Regions {
     }
 }
 
-/// Bytes of a mapping, for system calls and io_uring only.
+/// Bytes of a mapping, for system calls and io_uring only; laid out as `struct iovec`.
+#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct RawPiece {
     /// First byte.

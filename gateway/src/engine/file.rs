@@ -8,18 +8,22 @@
 
 mod adopt;
 mod job;
+mod lane;
 mod open;
 mod overlap;
 mod ring;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod uring;
 
-use super::{Engine, EngineAnswer, EngineTraits, OpenError, Passed, Standing};
+use super::{Engine, EngineAnswer, EngineTraits, Lane, OpenError, Passed, Standing};
 use crate::buffer::{ALIGNMENT, BufferPool};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use job::{Action, Descriptors, Job};
+use lane::FileLane;
+use open::Alignment;
 pub(crate) use open::Files;
 use overlap::Overlaps;
 use ring::Ring;
@@ -51,6 +55,8 @@ pub(crate) struct FileEngine {
 struct Disk {
     path: PathBuf,
     files: Arc<Descriptors>,
+    /// What direct IO asks of memory.
+    alignment: Alignment,
     executor: Executor,
     overlaps: Overlaps,
     buffers: BufferPool,
@@ -128,8 +134,15 @@ impl Engine for FileEngine {
         let disk = Arc::clone(&self.disk);
         Box::pin(async move {
             // The lock is the next process's as well, which would lose it.
-            matches!(tokio::task::spawn_blocking(move || disk.executor.close()).await, Ok(true))
+            let ended = tokio::task::spawn_blocking(move || {
+                disk.executor.close() && !disk.poisoned.load(Ordering::Acquire)
+            });
+            matches!(ended.await, Ok(true))
         })
+    }
+
+    fn lane(&self) -> Option<Box<dyn Lane>> {
+        Some(Box::new(FileLane::start(&self.disk)?))
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {
@@ -138,7 +151,8 @@ impl Engine for FileEngine {
             let closed = tokio::task::spawn_blocking(move || {
                 // Whoever still holds the descriptors does nothing with them: the next opener may have the file. But
                 // while the kernel may still write, the lock stays, until the kernel lets go of the file.
-                disk.executor.close() && flock(&disk.files.buffered, FlockOperation::Unlock).is_ok()
+                let ended = [disk.executor.close(), disk.overlaps.close()];
+                ended == [true; 2] && flock(&disk.files.buffered, FlockOperation::Unlock).is_ok()
             });
             if !matches!(closed.await, Ok(true)) {
                 let path = self.disk.path.display();

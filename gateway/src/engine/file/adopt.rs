@@ -17,7 +17,7 @@ impl Files {
     /// As [`Files::open`].
     pub(crate) fn adopt(&self, path: &Path, legacy: Legacy) -> Result<FileEngine, OpenError> {
         let shown = path.display();
-        let file = legacy.file.ok_or_else(|| {
+        let file = legacy.passed.file.ok_or_else(|| {
             OpenError::Internal(format!("file was passed on without a descriptor: path={shown}"))
         })?;
         self.may_serve(path)?;
@@ -54,8 +54,8 @@ mod tests {
         let files = || Files::new(vec![root.clone()], FileIo::Direct, BufferPool::new());
         let old = files().open(&path, Wanted::default()).expect("opens");
         let legacy = |identity| {
-            let file = old.disk.pass().expect("passes").file;
-            Legacy { epoch: Epoch::new(0), identity, read_only: false, file }
+            let passed = old.disk.pass().expect("passes");
+            Legacy { epoch: Epoch::new(0), identity, read_only: false, passed }
         };
         let elsewhere = Files::new(vec!["/nowhere".into()], FileIo::Direct, BufferPool::new());
         let refused = elsewhere.adopt(&path, legacy(old.traits().identity)).map(drop);
@@ -71,6 +71,8 @@ mod tests {
         let refused = waiting.open(&path, Wanted::default()).map(drop);
         assert!(matches!(refused, Err(OpenError::Held(_))), "{refused:?}");
         new.close().await;
-        waiting.open(&path, Wanted::default()).expect("is given back").close().await;
+        let poisoned = waiting.open(&path, Wanted::default()).expect("is given back");
+        poisoned.disk.poison();
+        assert!(!poisoned.release().await, "what was lost must not look as if it were not");
     }
 }

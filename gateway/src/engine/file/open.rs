@@ -7,12 +7,13 @@ use super::overlap::Overlaps;
 use super::ring::Ring;
 use super::threads::Threads;
 use super::{Disk, Executor, FileEngine};
-use crate::buffer::BufferPool;
+use crate::buffer::{ALIGNMENT, BufferPool};
 use crate::config::FileIo;
 use crate::engine::{EngineTraits, OpenError, Standing, Wanted, replaced};
+use crate::shared::RawPiece;
 use rustix::fs::{
-    FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, Stat, fcntl_setfl, flock, fstat,
-    ioctl_blksszget, major, minor, open, openat2, seek,
+    AtFlags, FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, Stat, StatxFlags, fcntl_setfl,
+    flock, fstat, ioctl_blksszget, major, minor, open, openat2, seek, statx,
 };
 use rustix::io::Errno;
 use spline_link::Identity;
@@ -99,6 +100,7 @@ impl Files {
         );
         let disk = Disk {
             path: path.to_owned(),
+            alignment: alignment(&files),
             files,
             executor,
             overlaps: Overlaps::default(),
@@ -269,6 +271,34 @@ fn direct(file: &OwnedFd, writable: bool, path: &Path) -> Option<OwnedFd> {
             None
         }
     }
+}
+
+/// What direct IO asks of a piece of memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Alignment {
+    /// Of its address, bytes.
+    pub(super) address: usize,
+    /// Of its length, bytes.
+    pub(super) length: usize,
+}
+
+impl Alignment {
+    /// Whether all pieces are as wanted.
+    pub(super) fn fits(&self, pieces: &[RawPiece]) -> bool {
+        pieces.iter().all(|piece| {
+            piece.start.addr().is_multiple_of(self.address) && piece.len.is_multiple_of(self.length)
+        })
+    }
+}
+
+/// What the kernel tells of it (6.1 and later); a page where it does not, which satisfies every disk.
+fn alignment(files: &Descriptors) -> Alignment {
+    let page = Alignment { address: ALIGNMENT, length: ALIGNMENT };
+    let Some(direct) = &files.direct else { return page };
+    let Ok(known) = statx(direct, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) else { return page };
+    let told = StatxFlags::from_bits_retain(known.stx_mask).contains(StatxFlags::DIOALIGN);
+    let (address, length) = (known.stx_dio_mem_align as usize, known.stx_dio_offset_align as usize);
+    if told && address > 0 && length > 0 { Alignment { address, length } } else { page }
 }
 
 /// Whether a device turns; false where nobody knows.

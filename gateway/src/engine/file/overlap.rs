@@ -3,23 +3,41 @@
 //! (`no_late_duplicate`). And the page cache reads and writes whole pages: a small buffered write that ran together with a
 //! direct write of its page could put the page's old bytes back over the new ones.
 //!
-//! Called by the file engine. Order is first come, first served where ranges meet; elsewhere nobody waits.
+//! Called by the file engine ([`Overlaps::hold`], which waits) and its lanes ([`Overlaps::claim`], which does not). Order is
+//! first come, first served where ranges meet; elsewhere nobody waits.
+
+mod filter;
+#[cfg(test)]
+mod tests;
 
 use crate::buffer::ALIGNMENT;
+use filter::Filter;
 use spline_types::ByteRange;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 /// The ranges of one file that are in use.
 #[derive(Clone, Default)]
-pub(super) struct Overlaps(Arc<Mutex<Table>>);
+pub(super) struct Overlaps(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    table: Mutex<Table>,
+    /// Notified when the last claim of a lane is given back, or will never be, after the close.
+    lanes_ended: Condvar,
+}
 
 /// The right to use a range; given back when dropped.
 pub(super) struct Hold {
     overlaps: Overlaps,
     slot: usize,
 }
+
+/// The right of a lane to use a range; to be given back by [`Overlaps::release`].
+#[derive(PartialEq, Eq, Debug)]
+#[must_use]
+pub(super) struct LaneClaim(usize);
 
 /// Whole pages, from first to last, and whether they are for one user alone.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,15 +51,30 @@ struct Claim {
 struct Table {
     held: Vec<Option<Claim>>,
     free: Vec<usize>,
-    /// How many of `held` are alone: with none, shared claims need not be compared.
-    alone: usize,
+    /// Tells most claims that nothing meets them without a look at `held`.
+    filter: Filter,
     waiting: VecDeque<(Claim, oneshot::Sender<Hold>)>,
+    /// How many of `held` are of lanes.
+    lanes: usize,
+    /// Lanes get no more claims.
+    closed: bool,
+    /// Claims of a lane will never be given back.
+    stuck: bool,
 }
 
+/// Who may go on, with the slot.
+type Granted = Vec<(oneshot::Sender<Hold>, usize)>;
+
 impl Claim {
+    /// Of no page: meets nothing.
+    const NONE: Self = Self { first: u64::MAX, last: 0, alone: false };
+
     fn of(range: ByteRange, alone: bool) -> Self {
+        if range.is_empty() {
+            return Self::NONE;
+        }
         let page = ALIGNMENT as u64;
-        Self { first: range.offset() / page, last: range.end().saturating_sub(1) / page, alone }
+        Self { first: range.offset() / page, last: (range.end() - 1) / page, alone }
     }
 
     const fn conflicts(&self, other: &Self) -> bool {
@@ -51,12 +84,16 @@ impl Claim {
 
 impl Table {
     fn is_free(&self, claim: &Claim) -> bool {
-        let unheld = !claim.alone && self.alone == 0;
-        unheld || !self.held.iter().flatten().any(|held| held.conflicts(claim))
+        self.filter.is_clear(claim) || !self.held.iter().flatten().any(|held| held.conflicts(claim))
+    }
+
+    /// Whether a claim that comes now may be taken at once.
+    fn may_take(&self, claim: &Claim) -> bool {
+        self.waiting.iter().all(|(earlier, _)| !earlier.conflicts(claim)) && self.is_free(claim)
     }
 
     fn take(&mut self, claim: Claim) -> usize {
-        self.alone += usize::from(claim.alone);
+        self.filter.add(&claim);
         match self.free.pop() {
             Some(slot) => {
                 self.held[slot] = Some(claim);
@@ -69,13 +106,19 @@ impl Table {
         }
     }
 
-    /// Gives a slot back; answers who may go on now, with their slots.
-    fn release(&mut self, slot: usize) -> Vec<(oneshot::Sender<Hold>, usize)> {
+    fn give_back(&mut self, slot: usize) {
         if let Some(claim) = self.held[slot].take() {
-            self.alone -= usize::from(claim.alone);
+            self.filter.remove(&claim);
             self.free.push(slot);
         }
+    }
+
+    /// Who may go on now that something was given back.
+    fn grant(&mut self) -> Granted {
         let mut granted = Vec::new();
+        if self.waiting.is_empty() {
+            return granted;
+        }
         let mut still: VecDeque<(Claim, oneshot::Sender<Hold>)> = VecDeque::new();
         for (claim, ready) in std::mem::take(&mut self.waiting) {
             if self.is_free(&claim) && !still.iter().any(|(earlier, _)| earlier.conflicts(&claim)) {
@@ -91,7 +134,7 @@ impl Table {
 
 impl Overlaps {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until nobody who must be kept apart uses the range's pages.
@@ -99,8 +142,7 @@ impl Overlaps {
         let claim = Claim::of(range, alone);
         let waiting = {
             let mut table = self.table();
-            let first_come = table.waiting.iter().all(|(earlier, _)| !earlier.conflicts(&claim));
-            if first_come && table.is_free(&claim) {
+            if table.may_take(&claim) {
                 let slot = table.take(claim);
                 return Hold { overlaps: self.clone(), slot };
             }
@@ -110,94 +152,63 @@ impl Overlaps {
         };
         waiting.await.expect("whoever waits is granted when the last conflicting hold is dropped")
     }
+
+    /// The range's pages, if they can be had at once and the file is not closed; an empty range meets nobody.
+    pub(super) fn claim(&self, range: ByteRange, alone: bool) -> Option<LaneClaim> {
+        let claim = Claim::of(range, alone);
+        let mut table = self.table();
+        if table.closed || !table.may_take(&claim) {
+            return None;
+        }
+        table.lanes += 1;
+        Some(LaneClaim(table.take(claim)))
+    }
+
+    /// Gives claims back, with one look at the table.
+    pub(super) fn release(&self, claims: impl Iterator<Item = LaneClaim>) {
+        let mut table = self.table();
+        for LaneClaim(slot) in claims {
+            table.give_back(slot);
+            table.lanes -= 1;
+        }
+        if table.closed && table.lanes == 0 {
+            self.0.lanes_ended.notify_all();
+        }
+        let granted = table.grant();
+        drop(table);
+        self.tell(granted);
+    }
+
+    /// Lanes get no more claims; blocks until what they have is given back. False if some never will be.
+    pub(super) fn close(&self) -> bool {
+        let mut table = self.table();
+        table.closed = true;
+        while table.lanes > 0 && !table.stuck {
+            table = self.0.lanes_ended.wait(table).unwrap_or_else(PoisonError::into_inner);
+        }
+        !table.stuck
+    }
+
+    /// Claims will never be given back: nobody can tell when the kernel has ended what they are for.
+    pub(super) fn abandon(&self) {
+        self.table().stuck = true;
+        self.0.lanes_ended.notify_all();
+    }
+
+    fn tell(&self, granted: Granted) {
+        for (ready, slot) in granted {
+            // Whoever does not wait any more drops the hold at once, which is why the table is not locked here.
+            drop(ready.send(Hold { overlaps: self.clone(), slot }));
+        }
+    }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let granted = self.overlaps.table().release(self.slot);
-        for (ready, slot) in granted {
-            // Whoever does not wait any more drops the hold at once, which is why the table is not locked here.
-            drop(ready.send(Self { overlaps: self.overlaps.clone(), slot }));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use futures_util::FutureExt;
-    use proptest::prelude::*;
-
-    fn range(offset: u64, length: u64) -> ByteRange {
-        ByteRange::new(offset, length).expect("fits")
-    }
-
-    #[test]
-    fn neighbours_in_a_page_wait_and_others_do_not() {
-        let overlaps = Overlaps::default();
-        let direct = overlaps.hold(range(4096, 4096), false).now_or_never().expect("free");
-        let also = overlaps.hold(range(4096, 4096), false).now_or_never().expect("shared");
-        overlaps.hold(range(0, 512), true).now_or_never().expect("another page");
-        let mut small = Box::pin(overlaps.hold(range(8191, 1), true));
-        assert!((&mut small).now_or_never().is_none());
-        let mut later = Box::pin(overlaps.hold(range(4096, 4096), false));
-        assert!((&mut later).now_or_never().is_none(), "no overtaking");
-        drop(direct);
-        assert!((&mut small).now_or_never().is_none());
-        drop(also);
-        let small = small.now_or_never().expect("its turn");
-        assert!((&mut later).now_or_never().is_none());
-        drop(small);
-        later.now_or_never().expect("its turn");
-    }
-
-    #[test]
-    fn one_that_gives_up_waiting_blocks_nobody() {
-        let overlaps = Overlaps::default();
-        let first = overlaps.hold(range(0, 512), true).now_or_never().expect("free");
-        let mut second = Box::pin(overlaps.hold(range(512, 512), true));
-        let mut third = Box::pin(overlaps.hold(range(1024, 512), true));
-        assert!((&mut second).now_or_never().is_none() && (&mut third).now_or_never().is_none());
-        drop(second);
-        drop(first);
-        third.now_or_never().expect("its turn");
-    }
-
-    proptest! {
-        #[test]
-        fn holds_never_conflict_and_all_are_served(
-            claims in prop::collection::vec((0u64..6, 1u64..3, any::<bool>()), 1..40),
-            order in prop::collection::vec(any::<prop::sample::Index>(), 80),
-        ) {
-            let overlaps = Overlaps::default();
-            let mut waiting: Vec<_> = claims
-                .iter()
-                .map(|(page, pages, alone)| overlaps.hold(range(page * 4096, pages * 4096), *alone).boxed())
-                .collect();
-            let mut held = Vec::new();
-            let mut picks = order.iter();
-            for _ in 0..=claims.len() {
-                waiting.retain_mut(|hold| match hold.now_or_never() {
-                    Some(hold) => { held.push(hold); false }
-                    None => true,
-                });
-                let table = overlaps.table();
-                let now: Vec<Claim> = table.held.iter().flatten().copied().collect();
-                drop(table);
-                for (at, claim) in now.iter().enumerate() {
-                    prop_assert!(now[at + 1..].iter().all(|other| !other.conflicts(claim)));
-                }
-                if let (false, Some(pick)) = (held.is_empty(), picks.next()) {
-                    let at = pick.index(held.len());
-                    drop(held.swap_remove(at));
-                }
-            }
-            held.clear();
-            while !waiting.is_empty() {
-                let before = waiting.len();
-                waiting.retain_mut(|hold| hold.now_or_never().is_none());
-                prop_assert!(waiting.len() < before, "somebody waits for ever");
-            }
-        }
+        let mut table = self.overlaps.table();
+        table.give_back(self.slot);
+        let granted = table.grant();
+        drop(table);
+        self.overlaps.tell(granted);
     }
 }

@@ -6,33 +6,25 @@
 #![allow(unsafe_code)]
 
 use super::job::{Action, Descriptors, Job};
+use super::uring::{self, BUFFERED, DIRECT, Submitter};
 use futures_util::task::AtomicWaker;
-use io_uring::{IoUring, Probe, opcode, squeue, types};
+use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 use std::collections::VecDeque;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
-use tokio::time::Sleep;
 
 /// Operations in the kernel at once; more wait in the task's backlog. As deep as fast disks like it.
 const DEPTH: u32 = 256;
-/// Place of each descriptor in the ring's table.
-const BUFFERED: u32 = 0;
-const DIRECT: u32 = 1;
 /// Longest transfer of one operation, bytes; the kernel cuts at a little less than 2 GiB, requests are far smaller.
 const TRANSFER_MAX: usize = 1 << 30;
 /// Looks at new jobs and completions in one go; then others of the runtime's thread have their turn.
 const TURNS_MAX: usize = 16;
-/// How long a kernel that is short of memory is left alone.
-const PAUSE: Duration = Duration::from_millis(10);
 
 /// A ring that serves one file.
 pub(super) struct Ring {
@@ -68,7 +60,7 @@ impl Ring {
     /// Why not; threads serve instead.
     pub(super) fn start(files: &Arc<Descriptors>) -> io::Result<Self> {
         let runtime = tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
-        let ring = build(files)?;
+        let ring = uring::build(files, DEPTH, 2 * DEPTH)?;
         // SAFETY: a ring owns its descriptor, and keeps it until it is dropped.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
         let shared = Arc::new(Shared::default());
@@ -104,23 +96,6 @@ impl Ring {
     }
 }
 
-fn build(files: &Descriptors) -> io::Result<IoUring> {
-    // A completion waits for the next entry into the kernel of the thread that submitted, rather than interrupt it.
-    let modern = IoUring::builder().setup_coop_taskrun().build(DEPTH);
-    // Kernels before 5.19 do not know the flag.
-    let ring = modern.or_else(|_| IoUring::new(DEPTH))?;
-    let mut probe = Probe::new();
-    ring.submitter().register_probe(&mut probe)?;
-    let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
-    if !needed.iter().all(|code| probe.is_supported(*code)) {
-        return Err(io::ErrorKind::Unsupported.into());
-    }
-    let buffered = files.buffered.as_raw_fd();
-    let table: [RawFd; 2] = [buffered, files.direct.as_ref().map_or(buffered, AsRawFd::as_raw_fd)];
-    ring.submitter().register_files(&table)?;
-    Ok(ring)
-}
-
 /// A job in the kernel, and how many of its bytes are moved.
 struct Flight {
     job: Job,
@@ -136,8 +111,7 @@ struct Reactor {
     backlog: VecDeque<Flight>,
     /// Swapped with the queue of new jobs, so that both keep their memory.
     fresh: Vec<Job>,
-    /// The kernel was short of something: when it is asked again.
-    pause: Option<Pin<Box<Sleep>>>,
+    submitter: Submitter,
     _files: Arc<Descriptors>,
 }
 
@@ -151,7 +125,7 @@ impl Reactor {
             free: (0..slots).rev().collect(),
             backlog: VecDeque::new(),
             fresh: Vec::new(),
-            pause: None,
+            submitter: Submitter::default(),
             _files: files,
         }
     }
@@ -162,7 +136,7 @@ impl Reactor {
         for _ in 0..TURNS_MAX {
             let closed = self.take_jobs();
             self.launch();
-            if let Err(error) = self.submit(cx) {
+            if let Err(error) = self.submitter.submit(self.ring.get_mut(), cx) {
                 tracing::error!(%error, "io_uring does not go on, requests fail; end the file's exports and begin anew");
                 return Poll::Ready(Err(error));
             }
@@ -185,31 +159,6 @@ impl Reactor {
         // Others of this thread have their turn.
         cx.waker().wake_by_ref();
         Poll::Pending
-    }
-
-    /// Gives the kernel what is in the submission queue, now or, if it is short of something, after a pause.
-    fn submit(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if let Some(pause) = &mut self.pause
-            && pause.as_mut().poll(cx).is_pending()
-        {
-            return Ok(());
-        }
-        self.pause = None;
-        while !self.ring.get_mut().submission().is_empty() {
-            let Err(error) = self.ring.get_ref().submit() else { continue };
-            match error.raw_os_error().map(Errno::from_raw_os_error) {
-                Some(Errno::INTR) => {}
-                Some(Errno::BUSY | Errno::AGAIN | Errno::NOMEM) => {
-                    let mut pause = Box::pin(tokio::time::sleep(PAUSE));
-                    // Registers the waker: it ends later than now.
-                    let _ = pause.as_mut().poll(cx);
-                    self.pause = Some(pause);
-                    return Ok(());
-                }
-                _ => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     /// Puts new jobs into the backlog; answers whether there will be no more.
