@@ -1,5 +1,6 @@
 # make demo   a whole cluster in one process, one volume exported over NBD, until Ctrl-C
 # make test   format, lints, rules of the tree, all tests (installs the foreign clients that tests use, if root)
+# make build && sudo make install    binaries, systemd units, example configuration; DESTDIR= for a package, PREFIX= elsewhere
 CARGO ?= cargo
 # Tests that start real processes: each has a cluster of its own, so they run one at a time (RUST_TEST_THREADS).
 PROCESS_TESTS = -p spline-conformance -p spline-fault -p spline-e2e
@@ -10,9 +11,18 @@ FUZZ_TOOLCHAIN ?= nightly
 FUZZ_TARGETS = nbd link wire wal virtqueue vhost_user inflight
 TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
 	qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-system-common \
-	mmdebstrap:mmdebstrap python3:python3
+	mmdebstrap:mmdebstrap python3:python3 systemd-nspawn:systemd-container
 
-.PHONY: demo check test bench soak fuzz fuzz-tools fmt tools cargo
+DESTDIR ?=
+PREFIX ?= /usr
+# What is installed: a release build, unless another directory is named.
+BIN_DIR ?= $${CARGO_TARGET_DIR:-target}/release
+BINARIES = spline spline-mds spline-chunkserver spline-gateway spline-nebd
+UNITS = spline-gateway.socket spline-gateway.service spline-nebd@.service spline-chunkserver@.service spline-mds.service spline.target
+# Relative to /etc/spline: never overwritten, never removed.
+CONFIGS = gateway.toml mds.toml chunkserver/disk0.toml.example nebd/guest0.toml.example
+
+.PHONY: demo check test bench soak fuzz fuzz-tools fmt tools cargo build install uninstall
 
 demo: cargo
 	$(CARGO) build --release --locked -p spline -p spline-nebd
@@ -37,6 +47,37 @@ soak: cargo tools
 bench: cargo tools
 	$(CARGO) build --release --workspace --bins --locked
 	$${CARGO_TARGET_DIR:-target}/release/spline-bench $(BENCH)
+
+build: cargo
+	$(CARGO) build --release --workspace --bins --locked
+
+# Builds nothing, so that root needs no compiler. A binary that runs is replaced, not written to: what runs goes on with the old
+# one. Nothing is started or restarted; what to do next is said, unless the files go into a package.
+install:
+	@for name in $(BINARIES); do test -x $(BIN_DIR)/$$name || { echo "no $(BIN_DIR)/$$name: run make build first"; exit 1; }; done
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/sysusers.d \
+		$(DESTDIR)$(PREFIX)/lib/tmpfiles.d $(DESTDIR)$(PREFIX)/share/doc/spline $(DESTDIR)/etc/spline/chunkserver $(DESTDIR)/etc/spline/nebd
+	for name in $(BINARIES); do \
+		install -m 755 $(BIN_DIR)/$$name $(DESTDIR)$(PREFIX)/bin/.$$name.new && \
+			mv -f $(DESTDIR)$(PREFIX)/bin/.$$name.new $(DESTDIR)$(PREFIX)/bin/$$name || exit 1; \
+	done
+	for unit in $(UNITS); do \
+		sed 's,/usr/,$(PREFIX)/,' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; \
+	done
+	install -m 644 systemd/sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/spline.conf
+	install -m 644 systemd/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/spline.conf
+	install -m 644 docs/upgrade.md $(DESTDIR)$(PREFIX)/share/doc/spline/upgrade.md
+	for name in $(CONFIGS); do \
+		test -e $(DESTDIR)/etc/spline/$$name || install -m 644 systemd/config/$$name $(DESTDIR)/etc/spline/$$name || exit 1; \
+	done
+	@test -n "$(DESTDIR)" || echo "installed; next: systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload, then see docs/upgrade.md"
+
+# Leaves the configuration, the data and the users.
+uninstall:
+	rm -f $(foreach name,$(BINARIES),$(DESTDIR)$(PREFIX)/bin/$(name)) \
+		$(foreach unit,$(UNITS),$(DESTDIR)$(PREFIX)/lib/systemd/system/$(unit)) \
+		$(DESTDIR)$(PREFIX)/lib/sysusers.d/spline.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/spline.conf
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/spline
 
 # Every parser of foreign bytes: each target of tests/fuzz under libFuzzer for FUZZ_SECONDS, starting from its seeds and from
 # what earlier runs found, then the property tests with many more cases than make test gives them. An input that breaks

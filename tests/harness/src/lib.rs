@@ -7,7 +7,7 @@
 //! Modules in the order in which a test meets them: [`rig`] → [`cluster`] or [`dev`] → [`export`] → [`process`] → [`binaries`],
 //! [`ports`]; [`proxy`] holds messages back, [`small_disk`] can be filled, [`metrics`] are read, [`nbd`] speaks to exports,
 //! [`tool`] runs foreign clients, [`wait`] waits. [`vhost`] starts a nebd for a guest, [`storage_daemon`] what it is compared with,
-//! [`virtio`] is the guest's driver; [`guest`] is a whole guest, [`qmp`] its machine. [`stalls`] tells how long clients waited,
+//! [`virtio`] is the guest's driver; [`guest`] is a whole guest, [`qmp`] its machine; [`machine`] is a host with systemd. [`stalls`] tells how long clients waited,
 //! [`rounds`] how often a test is to be repeated.
 
 pub mod binaries;
@@ -15,6 +15,7 @@ pub mod cluster;
 pub mod dev;
 pub mod export;
 pub mod guest;
+pub mod machine;
 pub mod metrics;
 pub mod nbd;
 pub mod ports;
@@ -35,6 +36,7 @@ pub use cluster::{Cluster, Shape};
 pub use dev::{DEV_LIMIT, Dev};
 pub use export::Export;
 pub use guest::Guest;
+pub use machine::Machine;
 pub use process::Process;
 pub use qmp::Qmp;
 pub use rig::Rig;
