@@ -40,13 +40,14 @@ exec systemd-nspawn --quiet --directory="$2/merged" --machine=spline --register=
 	--console=read-only --system-call-filter="@aio landlock_create_ruleset landlock_add_rule landlock_restrict_self seccomp"
 "#;
 
-/// A machine; on while it is booted.
+/// A machine; on while it is booted. Dropping it takes its power away.
 #[derive(Debug)]
 pub struct Machine {
     dir: tempfile::TempDir,
     base: PathBuf,
     groups: Vec<PathBuf>,
     running: Option<Running>,
+    finished: bool,
 }
 
 #[derive(Debug)]
@@ -71,7 +72,7 @@ impl Machine {
         for part in ["upper", "work", "merged"] {
             std::fs::create_dir(dir.path().join(part))?;
         }
-        Ok(Self { dir, base, groups: Vec::new(), running: None })
+        Ok(Self { dir, base, groups: Vec::new(), running: None, finished: false })
     }
 
     /// Where files of the machine are put before it is booted: a directory to be `DESTDIR`.
@@ -235,6 +236,11 @@ impl Machine {
         self.boot()
     }
 
+    /// The test has got what it wanted: a machine that is dropped without it shows its journal.
+    pub fn finish(mut self) {
+        self.finished = true;
+    }
+
     fn console(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("console")).unwrap_or_default()
     }
@@ -248,7 +254,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if std::thread::panicking() && self.running.is_some() {
+        if !self.finished && self.running.is_some() {
             let journal = self.run("journalctl", &["--no-pager", "--lines", JOURNAL_LINES]);
             eprintln!("---- the machine ----\n{}\n", journal.unwrap_or_else(|_| self.console()));
         }

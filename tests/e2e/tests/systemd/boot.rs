@@ -58,5 +58,6 @@ fn a_guest_finds_its_disk_at_boot_and_keeps_it_until_it_has_stopped() -> anyhow:
     ensure!(at("Stopped guest.service")? < at("Stopping spline-nebd@vm.service")?, "{journal}");
     ensure!(at("Stopped spline-nebd@vm.service")? < at("Stopping spline-gateway.service")?, "{journal}");
     ensure!(!journal.contains("SIGKILL") && !journal.contains("Scheduled restart"), "{journal}");
+    machine.finish();
     Ok(())
 }

@@ -41,6 +41,7 @@ fn a_gateway_that_is_killed_is_a_pause() -> anyhow::Result<()> {
     ensure!(machine.property("spline-gateway.socket", "NRefused")? == "0");
     // Not by a macro: the test harness would keep the table of a test that passes.
     let _ = write!(std::io::stderr(), "\n{stalls}");
+    machine.finish();
     Ok(())
 }
 
@@ -57,6 +58,7 @@ fn a_gateway_that_hangs_is_replaced_by_the_watchdog() -> anyhow::Result<()> {
     ensure!(journal.contains("Watchdog timeout"), "{journal}");
     ensure!(machine.property(GATEWAY, "NRestarts")? == "1", "one that is fed lives on:\n{journal}");
     ensure!(host::main_pid(&machine, NEBD)? == nebd, "the gateway's end must not touch nebd");
+    machine.finish();
     Ok(())
 }
 
@@ -72,5 +74,6 @@ fn a_nebd_that_is_killed_comes_back_and_the_gateway_goes_on() -> anyhow::Result<
         load.finish()?;
     }
     ensure!(host::main_pid(&machine, GATEWAY)? == gateway, "nebd's end must not touch the gateway");
+    machine.finish();
     Ok(())
 }

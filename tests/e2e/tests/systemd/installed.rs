@@ -72,6 +72,7 @@ fn the_units_are_right_and_confined() -> anyhow::Result<()> {
     ] {
         machine.run(program, &["--config", &format!("/etc/spline/{config}"), "--print-config"])?;
     }
+    machine.finish();
     Ok(())
 }
 
@@ -95,5 +96,6 @@ fn each_process_is_its_own_user_and_sockets_are_for_their_groups() -> anyhow::Re
     // nebd is confined by itself too, which the unit must not prevent.
     let journal = machine.journal(NEBD)?;
     ensure!(journal.contains("seccomp=true"), "{journal}");
+    machine.finish();
     Ok(())
 }

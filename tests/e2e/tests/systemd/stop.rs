@@ -41,6 +41,7 @@ fn clients_wait_while_the_gateway_is_stopped_and_go_on() -> anyhow::Result<()> {
         load.finish()?;
     }
     ensure!(host::main_pid(&machine, NEBD)? == nebd, "nebd lives on");
+    machine.finish();
     Ok(())
 }
 
@@ -68,5 +69,6 @@ fn a_restart_drains_and_clients_go_on() -> anyhow::Result<()> {
     }
     drained(&machine, 2)?;
     ensure!(host::main_pid(&machine, NEBD)? == nebd, "nebd lives on");
+    machine.finish();
     Ok(())
 }
