@@ -23,7 +23,7 @@ pub(crate) const NBD_URI: &str = "nbd+unix:///?socket=/run/spline/nebd/first.soc
 /// Where the second is a vhost-user-blk device.
 pub(crate) const VHOST_SOCKET: &str = "/run/spline/nebd/second.vhost.sock";
 /// Size of each disk.
-const DISK: &str = "32M";
+const DISK: &str = "128M";
 
 const FILES_ONLY: &str = "mds = []\nfile_roots = [\"/var/lib/spline/images\"]\n";
 const GUEST: &str = r#"

@@ -9,4 +9,7 @@ mod crash;
 mod host;
 mod installed;
 mod load;
+mod qemu;
+#[path = "../guest/scripts.rs"]
+mod scripts;
 mod stop;
