@@ -6,7 +6,7 @@
 //! Must never know: what the process does, the cluster, any wire format.
 //!
 //! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → `open_files` → [`activation`] → [`metrics`] →
-//! [`ready`] → [`watchdog`] → [`signals`].
+//! [`ready`] → [`watchdog`] → [`signals`]; [`standard_streams`] of one that takes over.
 
 #![deny(unsafe_code)]
 
@@ -18,6 +18,7 @@ pub mod metrics;
 mod open_files;
 pub mod ready;
 pub mod signals;
+pub mod standard_streams;
 pub mod watchdog;
 
 pub use flags::CommonFlags;

@@ -66,6 +66,19 @@ pub fn announce(what: &str, pid_file: Option<PidFile>) -> io::Result<Announced> 
     Ok(Announced { _pid_file: pid_file })
 }
 
+impl Announced {
+    /// Another process goes on with the service: nothing is said to stop, and the pid file is left to that one.
+    pub fn pass_on(self) {
+        std::mem::forget(self);
+    }
+}
+
+/// Tells systemd (if it started this process with a notify socket) that another process is the service's main one from now on.
+/// systemd believes it of the main process only, and of a process of the same service.
+pub fn name_main(pid: u32) {
+    notify(&[NotifyState::MainPid(pid)]);
+}
+
 impl Drop for Announced {
     fn drop(&mut self) {
         notify(&[NotifyState::Stopping]);
