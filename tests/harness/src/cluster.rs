@@ -30,6 +30,7 @@ pub struct Cluster {
     /// The gateway.
     pub gateway: Process,
     mds_address: SocketAddr,
+    gateway_admin: SocketAddr,
     chunkserver_addresses: Vec<SocketAddr>,
     metrics_addresses: Vec<SocketAddr>,
     hold: Arc<Hold>,
@@ -47,6 +48,8 @@ pub struct Shape {
     pub first_data_dir: Option<PathBuf>,
     /// Raft groups; `None`: six.
     pub copysets: Option<u32>,
+    /// More lines of the gateway's config.
+    pub gateway_config: &'static str,
 }
 
 impl Cluster {
@@ -104,12 +107,14 @@ impl Cluster {
             chunkserver_addresses.push(address);
             chunkservers.push(configured(root, &name, "spline-chunkserver", &text)?);
         }
-        let gateway = gateway(root, "gateway", mds_address, addresses[2 * CHUNKSERVERS + 1])?;
+        let gateway_admin = addresses[2 * CHUNKSERVERS + 1];
+        let gateway = gateway(root, "gateway", mds_address, gateway_admin, shape.gateway_config)?;
         let mut cluster = Self {
             mds,
             chunkservers,
             gateway,
             mds_address,
+            gateway_admin,
             chunkserver_addresses,
             metrics_addresses,
             hold,
@@ -145,6 +150,11 @@ impl Cluster {
         self.mds_address
     }
 
+    /// Where the gateway's administration listens.
+    pub fn gateway_admin(&self) -> SocketAddr {
+        self.gateway_admin
+    }
+
     /// Link socket of the gateway.
     pub fn gateway_socket(&self) -> PathBuf {
         self.dir().join("gateway.sock")
@@ -160,7 +170,7 @@ impl Cluster {
     /// # Errors
     /// If it does not start.
     pub fn second_gateway(&self) -> anyhow::Result<(Process, PathBuf)> {
-        let mut process = gateway(self.dir(), "gateway2", self.mds_address, ports::free(1)?[0])?;
+        let mut process = gateway(self.dir(), "gateway2", self.mds_address, ports::free(1)?[0], "")?;
         process.start()?;
         let socket = self.dir().join("gateway2.sock");
         wait_until("the second gateway to listen", START_LIMIT, || {
@@ -344,10 +354,17 @@ pub(crate) fn configured(dir: &Path, name: &str, binary: &str, text: &str) -> an
     Ok(Process::new(name, binaries::find(binary)?, vec!["--config".into(), file.into()], dir))
 }
 
-fn gateway(root: &Path, name: &str, mds: SocketAddr, admin: SocketAddr) -> anyhow::Result<Process> {
+fn gateway(
+    root: &Path,
+    name: &str,
+    mds: SocketAddr,
+    admin: SocketAddr,
+    more: &str,
+) -> anyhow::Result<Process> {
     let socket = root.join(format!("{name}.sock"));
-    let text =
-        format!("id = {name:?}\nlink_socket = {socket:?}\nadmin_listen = \"{admin}\"\nmds = [\"{mds}\"]\n");
+    let text = format!(
+        "id = {name:?}\nlink_socket = {socket:?}\nadmin_listen = \"{admin}\"\nmds = [\"{mds}\"]\n{more}"
+    );
     configured(root, name, "spline-gateway", &text)
 }
 

@@ -1,9 +1,10 @@
 //! One process under test: started, killed, stopped, continued, restarted; its log kept.
 
 use anyhow::{Context, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 use std::ffi::OsString;
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -21,13 +22,42 @@ pub struct Process {
     binary: PathBuf,
     arguments: Vec<OsString>,
     log: PathBuf,
-    child: Option<Child>,
+    running: Option<Running>,
+}
+
+/// What runs.
+#[derive(Debug)]
+enum Running {
+    /// What was started here.
+    Child(Child),
+    /// A descendant that has taken its place.
+    Follower(Pid),
+}
+
+impl Running {
+    fn id(&self) -> u32 {
+        match self {
+            Self::Child(child) => child.id(),
+            Self::Follower(pid) => pid.as_raw_nonzero().get().unsigned_abs(),
+        }
+    }
+
+    /// How it has ended, if it has.
+    fn try_wait(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        match self {
+            Self::Child(child) => Ok(child.try_wait()?),
+            Self::Follower(pid) => {
+                let ended = waitpid(Some(*pid), WaitOptions::NOHANG)?;
+                Ok(ended.map(|(_, status)| ExitStatus::from_raw(status.as_raw())))
+            }
+        }
+    }
 }
 
 impl Process {
     /// A process that is not started yet; its output is appended to `<dir>/<name>.log`.
     pub fn new(name: &str, binary: PathBuf, arguments: Vec<OsString>, dir: &Path) -> Self {
-        Self { name: name.to_owned(), binary, arguments, log: dir.join(format!("{name}.log")), child: None }
+        Self { name: name.to_owned(), binary, arguments, log: dir.join(format!("{name}.log")), running: None }
     }
 
     /// Adds arguments for the next starts.
@@ -42,7 +72,7 @@ impl Process {
 
     /// Its process id, while it runs.
     pub fn id(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
+        self.running.as_ref().map(Running::id)
     }
 
     /// Starts it.
@@ -58,7 +88,30 @@ impl Process {
         command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child =
             command.spawn().with_context(|| format!("can not start: binary={}", self.binary.display()))?;
-        self.child = Some(child);
+        self.running = Some(Running::Child(child));
+        Ok(())
+    }
+
+    /// Makes the descendants of processes that end this process's children, which [`follow`](Self::follow) needs.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn adopt_orphans() -> anyhow::Result<()> {
+        Ok(set_child_subreaper(Some(getpid()))?)
+    }
+
+    /// From now on this is the process with that id, which has taken its place; waits until the one before has ended.
+    ///
+    /// # Errors
+    /// If it has not ended within `limit`, or with a failure.
+    pub fn follow(&mut self, id: u32, limit: Duration) -> anyhow::Result<()> {
+        let before = self.running.as_mut().with_context(|| format!("does not run: process={}", self.name))?;
+        let status = crate::wait_until("the process that was replaced to end", limit, || before.try_wait())?;
+        if !status.success() {
+            bail!("process that was replaced failed: process={} {status}\n{}", self.name, self.log_tail());
+        }
+        let pid = i32::try_from(id).ok().and_then(Pid::from_raw).context("no such process id")?;
+        self.running = Some(Running::Follower(pid));
         Ok(())
     }
 
@@ -67,8 +120,8 @@ impl Process {
     /// # Errors
     /// Those of the system.
     pub fn is_running(&mut self) -> anyhow::Result<bool> {
-        match &mut self.child {
-            Some(child) => Ok(child.try_wait()?.is_none()),
+        match &mut self.running {
+            Some(running) => Ok(running.try_wait()?.is_none()),
             None => Ok(false),
         }
     }
@@ -89,9 +142,16 @@ impl Process {
     /// # Errors
     /// Those of the system.
     pub fn kill9(&mut self) -> anyhow::Result<()> {
-        if let Some(mut child) = self.child.take() {
-            child.kill()?;
-            child.wait()?;
+        match self.running.take() {
+            Some(Running::Child(mut child)) => {
+                child.kill()?;
+                child.wait()?;
+            }
+            // One that has ended and was waited for is nobody's any more.
+            Some(Running::Follower(pid)) if kill_process(pid, Signal::KILL).is_ok() => {
+                waitpid(Some(pid), WaitOptions::empty())?;
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -140,9 +200,9 @@ impl Process {
     /// If it has not ended within `limit`.
     pub fn terminate(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
         self.signal(Signal::TERM)?;
-        let child = self.child.as_mut().context("does not run")?;
-        let status = crate::wait_until("a process to end", limit, || Ok(child.try_wait()?))?;
-        self.child = None;
+        let running = self.running.as_mut().context("does not run")?;
+        let status = crate::wait_until("a process to end", limit, || running.try_wait())?;
+        self.running = None;
         Ok(status)
     }
 

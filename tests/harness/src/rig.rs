@@ -1,12 +1,16 @@
 //! What a behaviour is tested against: a gateway on local files, or a whole cluster.
 
-use crate::cluster::{Cluster, START_LIMIT, configured};
+use crate::cluster::{Cluster, START_LIMIT, Shape, configured};
 use crate::export::Export;
 use crate::process::Process;
 use crate::vhost::{Shown, VhostExport};
-use crate::wait_until;
+use crate::{binaries, ports, tool, wait_until};
+use anyhow::Context;
+use serde_json::Value;
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use tempfile::TempDir;
 
 /// Something that serves volumes.
@@ -16,6 +20,8 @@ pub enum Rig {
     File {
         /// The gateway.
         gateway: Process,
+        /// Where its administration listens.
+        admin: SocketAddr,
         /// Files, sockets, logs.
         dir: TempDir,
     },
@@ -39,8 +45,9 @@ impl Rig {
     pub fn file_with(more: &str) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("spline-").tempdir()?;
         let socket = dir.path().join("gateway.sock");
+        let admin = ports::free(1)?[0];
         let text = format!(
-            "link_socket = {socket:?}\nadmin_listen = \"\"\nmds = []\nfile_roots = [{:?}]\n{more}",
+            "link_socket = {socket:?}\nadmin_listen = \"{admin}\"\nmds = []\nfile_roots = [{:?}]\n{more}",
             dir.path().canonicalize()?
         );
         let mut gateway = configured(dir.path(), "gateway", "spline-gateway", &text)?;
@@ -49,7 +56,7 @@ impl Rig {
             gateway.assert_running()?;
             Ok(Some(UnixStream::connect(&socket).map(drop)?))
         })?;
-        Ok(Self::File { gateway, dir })
+        Ok(Self::File { gateway, admin, dir })
     }
 
     /// Starts a cluster.
@@ -58,6 +65,14 @@ impl Rig {
     /// If it does not start.
     pub fn cluster() -> anyhow::Result<Self> {
         Ok(Self::Cluster(Box::new(Cluster::start()?)))
+    }
+
+    /// As [`Rig::cluster`], with more lines in the gateway's config.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn cluster_with(gateway_config: &'static str) -> anyhow::Result<Self> {
+        Ok(Self::Cluster(Box::new(Cluster::start_as(&Shape { gateway_config, ..Shape::default() })?)))
     }
 
     /// Both kinds, one after the other: runs `test` against each and says which failed.
@@ -148,7 +163,48 @@ impl Rig {
         }
     }
 
+    /// Where the gateway's administration listens.
+    pub fn gateway_admin(&self) -> SocketAddr {
+        match self {
+            Self::File { admin, .. } => *admin,
+            Self::Cluster(cluster) => cluster.gateway_admin(),
+        }
+    }
+
+    /// What `spline gateway status` says.
+    ///
+    /// # Errors
+    /// If the gateway does not answer.
+    pub fn gateway_status(&self) -> anyhow::Result<Value> {
+        let text = tool::run(&mut gateway_command("status", self.gateway_admin())?)?;
+        serde_json::from_str(&text).with_context(|| format!("not json: {text:?}"))
+    }
+
+    /// Runs `spline gateway upgrade`, to another binary than the running one if there is one; from then on the new process is
+    /// the gateway. Answers what the command said.
+    ///
+    /// # Errors
+    /// Why the gateway was not upgraded.
+    pub fn upgrade(&mut self, binary: Option<&Path>) -> anyhow::Result<Value> {
+        Process::adopt_orphans()?;
+        let mut command = gateway_command("upgrade", self.gateway_admin())?;
+        if let Some(binary) = binary {
+            command.arg("--binary").arg(binary);
+        }
+        let text = tool::run(&mut command)?;
+        let told: Value = serde_json::from_str(&text).with_context(|| format!("not json: {text:?}"))?;
+        let pid = told["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("no process id")?;
+        self.gateway_mut().follow(pid, START_LIMIT)?;
+        Ok(told)
+    }
+
     fn gateway_socket(&self) -> PathBuf {
         self.dir().join("gateway.sock")
     }
+}
+
+fn gateway_command(what: &str, admin: SocketAddr) -> anyhow::Result<Command> {
+    let mut command = Command::new(binaries::find("spline")?);
+    command.args(["gateway", what, "--json", "--admin", &admin.to_string()]);
+    Ok(command)
 }
