@@ -4,14 +4,15 @@
 //! and the next one is served what nebd replays. Must not know: what a request is.
 
 use spline_process::watchdog::Watchdog;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 /// Feeds `watchdog` until `gone`, as often as it wants and as long as there is [`progress`].
 pub(crate) async fn feed(watchdog: Watchdog, gone: CancellationToken) {
     info!(limit = ?watchdog.limit(), "systemd watches");
-    let mut ticks = interval(watchdog.period());
+    // Not at once: a process that is about to take over is not the one that systemd listens to yet.
+    let mut ticks = interval_at(Instant::now() + watchdog.period(), watchdog.period());
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
