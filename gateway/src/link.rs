@@ -1,38 +1,34 @@
 //! One connection from a nebd: hello, then requests in and replies out, then a farewell.
 //!
-//! Started by the listener. One task does all of it: it reads, starts requests, collects what has ended and writes,
-//! so that a burst of requests costs one wake, not one each. Knows: frames and how a request ends. Must not know:
-//! how a session serves. Invariants: `complete_once` (an id is answered by the one future that serves it),
-//! `replay_before_new` (a new link is read only when its predecessors' requests have ended), `bounded`.
+//! Started by the listener. One task does all of it, so that a burst of requests costs one wake, not one each. `hello` agrees with
+//! nebd; afterwards requests travel in a ring of shared memory (`ring`, with frames over `control`), or, with a nebd that has
+//! none, over the socket (`stream`). Knows: frames and how a request ends. Must not know: how a session serves. Invariants:
+//! `complete_once` (an id is answered once by whoever has taken it), `replay_before_new` (a new link is served only when its
+//! predecessors' requests have ended), `bounded`.
 
+mod bell;
+mod control;
 mod hello;
-mod intake;
-mod outbox;
+pub(crate) mod ring;
+mod stream;
 #[cfg(test)]
 mod tests;
 
-use crate::admission::Permit;
 use crate::buffer::BufferPool;
-use crate::engine::{EngineAnswer, Standing};
+use crate::engine::EngineAnswer;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::session::{Membership, Session};
-use bytes::Bytes;
-use futures_util::future::BoxFuture;
-use futures_util::stream::{FuturesUnordered, StreamExt};
-use intake::{Arrival, Intake, IntakeError, data_of};
-use outbox::Outbox;
-use spline_link::{Header, Message};
-use spline_types::{BlockRequest, Completion, Fault};
-use std::future::{Future, poll_fn};
+use crate::session::{Caller, Membership, Order, Session};
+use hello::Carrier;
+pub(crate) use hello::Facts;
+use spline_link::LinkError;
+use spline_link::ring::GatewayRing;
+use spline_types::{BlockOp, BlockRequest, Fault};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::pin::Pin;
+use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
 use tracing::{info, warn};
 
 /// Time for a farewell to reach a nebd that reads slowly; it replays without one as well.
@@ -47,36 +43,31 @@ pub(crate) struct Links {
     pub(crate) drain_limit: Duration,
 }
 
-/// Serves one connection to its end.
-pub(crate) async fn serve(stream: UnixStream, links: Arc<Links>) {
-    let (mut read, mut write) = stream.into_split();
-    let Ok(socket) = read.as_ref().as_fd().try_clone_to_owned().map(Arc::new) else {
-        warn!("no descriptor left for a link, raise the limit on open files");
-        return;
-    };
-    let Some((membership, read_only)) = hello::greet(&mut read, &mut write, &socket, &links).await else {
-        return;
-    };
-    let session = Arc::clone(&membership.session);
-    let volume = &session.name;
-    info!(%volume, read_only, "link is open");
-    links.metrics.links.inc();
-    let link = Link {
-        intake: Intake::new(read, links.buffers.clone()),
-        outbox: Outbox::new(write),
-        running: FuturesUnordered::new(),
-        session: Arc::clone(&membership.session),
-        metrics: Arc::clone(&links.metrics),
-        read_only,
-    };
-    let ending = link.run(membership, socket, links.drain_limit).await;
-    links.metrics.links.dec();
-    info!(%volume, ?ending, "link is closed");
-    links.registry.link_left(session, ending == Ending::Detached);
+/// Why what nebd says ends its link.
+#[derive(Debug, thiserror::Error)]
+enum Breach {
+    /// The socket failed.
+    #[error("link socket failed: error={0}")]
+    Socket(#[from] io::Error),
+    /// Bytes that the contract does not allow.
+    #[error(transparent)]
+    Contract(#[from] LinkError),
+    /// A frame that only a gateway sends, or that this kind of link does not have.
+    #[error("frame that nebd must not send on this link")]
+    Direction,
+    /// Memory that can not be mapped.
+    #[error(transparent)]
+    Memory(#[from] spline_link::memory::MemoryError),
+    /// A region's number was used before, or is not known, or there are too many.
+    #[error("region that can not be had or given back: number={0}")]
+    Region(u32),
+    /// A request names memory that was not passed on.
+    #[error(transparent)]
+    NotShared(#[from] crate::shared::NotShared),
 }
 
 /// Why a link ends.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 enum Ending {
     /// nebd ends for good.
     Detached,
@@ -86,219 +77,130 @@ enum Ending {
     Leaving,
     /// A newer session has the volume.
     Lost,
+    /// The next process of this gateway goes on with it.
+    Frozen(ring::Freeze),
 }
 
-struct Link {
-    intake: Intake,
-    outbox: Outbox,
-    running: FuturesUnordered<Running>,
-    session: Arc<Session>,
-    metrics: Arc<Metrics>,
-    read_only: bool,
-}
-
-impl Link {
-    async fn run(mut self, membership: Membership, socket: Arc<OwnedFd>, drain_limit: Duration) -> Ending {
-        let ending = self.serve_until_ending(&membership).await;
-        self.wind_up(ending, drain_limit).await;
-        // Requests that are given up are dropped before others are told that this link has ended.
-        drop(self);
-        drop((membership, socket));
-        ending
-    }
-
-    async fn serve_until_ending(&mut self, membership: &Membership) -> Ending {
-        let session = Arc::clone(&self.session);
-        let (mut standing, mut before) = (membership.standing.clone(), membership.standing.clone());
-        let predecessors = async {
-            for predecessor in &membership.predecessors {
-                predecessor.cancelled().await;
+/// Serves one connection to its end.
+pub(crate) async fn serve(mut stream: UnixStream, links: Arc<Links>) {
+    let Ok(socket) = stream.as_fd().try_clone_to_owned().map(Arc::new) else {
+        warn!("no descriptor left for a link, raise the limit on open files");
+        return;
+    };
+    let Some(greeted) = hello::greet(&mut stream, &socket, &links).await else { return };
+    let membership = greeted.membership;
+    let session = Arc::clone(&membership.session);
+    let volume = &session.name;
+    info!(%volume, read_only = greeted.facts.read_only, ring = membership.has_ring(), "link is open");
+    links.metrics.links.inc();
+    let detached = match greeted.carrier {
+        Carrier::Ring(rings, bell) => {
+            let control = control::Control::new(stream);
+            match ring::RingLink::new(control, (*rings, bell), greeted.facts, &session, &links) {
+                Ok(link) => link.run(membership, socket, links.drain_limit).await,
+                Err(error) => {
+                    warn!(%volume, %error, "link can not be served");
+                    false
+                }
             }
-        };
+        }
+        Carrier::Socket => {
+            let link = stream::Link::new(stream, Arc::clone(&session), greeted.facts.read_only, &links);
+            link.run(membership, socket, links.drain_limit).await
+        }
+    };
+    links.metrics.links.dec();
+    links.registry.link_left(session, detached);
+}
+
+/// Goes on with a link that another process of this gateway has frozen.
+pub(crate) async fn go_on(frozen: ring::Frozen, session: Arc<Session>, links: Arc<Links>) {
+    let volume = session.name.clone();
+    let stream = std::os::unix::net::UnixStream::from(frozen.socket);
+    let taken = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
+    let parts = taken.and_then(|stream| Ok((stream.as_fd().try_clone_to_owned().map(Arc::new)?, stream)));
+    let (socket, stream) = match parts {
+        Ok(parts) => parts,
+        Err(error) => return warn!(%volume, %error, "link can not be gone on with, nebd will connect again"),
+    };
+    let caller = Caller { instance: frozen.facts.instance, socket: &socket, ring: true };
+    let membership = session.join(caller);
+    let control = control::Control::going_on(stream, frozen.partial, frozen.fds);
+    let ring = GatewayRing::adopt(frozen.ring, frozen.position).map_err(io::Error::other);
+    let link = ring.and_then(|ring| ring::RingLink::new(control, ring, frozen.facts, &session, &links));
+    let link = match link.and_then(|link| link.going_on(frozen.regions)) {
+        Ok(link) => link,
+        Err(error) => return warn!(%volume, %error, "link can not be gone on with, nebd will connect again"),
+    };
+    links.metrics.links.inc();
+    let detached = link.run(membership, socket, links.drain_limit).await;
+    links.metrics.links.dec();
+    links.registry.link_left(session, detached);
+}
+
+/// What happens to a link from outside.
+enum Signal {
+    /// It is to end.
+    End(Ending),
+    /// The volume has a new size, bytes.
+    Resized(u64),
+}
+
+/// The next thing that happens to a link from outside. May be dropped and called again.
+async fn next_signal(membership: &mut Membership) -> Signal {
+    let leaving = membership.session.leaving.clone();
+    loop {
         tokio::select! {
-            () = predecessors => {}
-            () = membership.stop.cancelled() => return Ending::Gone,
-            () = session.leaving.cancelled() => return Ending::Leaving,
-            _ = before.wait_for(|now| now.lost) => return Ending::Lost,
-        }
-        loop {
-            tokio::select! {
-                biased;
-                ending = poll_fn(|cx| self.poll_serve(cx)) => return ending,
-                () = membership.stop.cancelled() => return Ending::Gone,
-                () = session.leaving.cancelled() => return Ending::Leaving,
-                Ok(()) = standing.changed() => {
-                    if self.tell(&mut standing) {
-                        return Ending::Lost;
-                    }
-                }
+            () = membership.stop.cancelled() => return Signal::End(Ending::Gone),
+            () = leaving.cancelled() => return Signal::End(Ending::Leaving),
+            Ok(()) = membership.standing.changed() => {
+                let now = *membership.standing.borrow_and_update();
+                return if now.lost { Signal::End(Ending::Lost) } else { Signal::Resized(now.size) };
+            }
+            Some(order) = membership.orders.recv() => match order {
+                Order::Freeze(freeze) => return Signal::End(Ending::Frozen(freeze)),
+                // Nobody may want to know any more.
+                Order::Probe(probe) => drop(probe.send(())),
             }
         }
     }
+}
 
-    /// Tells nebd a new size; true if the session is lost instead.
-    fn tell(&mut self, standing: &mut watch::Receiver<Standing>) -> bool {
-        let now = *standing.borrow_and_update();
-        if !now.lost {
-            self.outbox.push(&Header::bare(Message::Resized { size: now.size }));
-        }
-        now.lost
+/// Waits until a link's predecessors have ended.
+///
+/// # Errors
+/// How the link ends before.
+async fn predecessors_ended(membership: &mut Membership) -> Result<(), Ending> {
+    if membership.standing.borrow().lost {
+        return Err(Ending::Lost);
     }
-
-    /// Reads, executes and answers until the link ends.
-    fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
-        loop {
-            let mut moved = false;
-            while let Poll::Ready(arrival) = self.intake.poll_next(cx, &self.session.admission) {
-                moved = true;
-                match arrival {
-                    Ok(Arrival::Request(request, payload, permit)) => self.start(request, payload, permit),
-                    Ok(Arrival::Detach) => return Poll::Ready(Ending::Detached),
-                    Ok(Arrival::Closed) => return Poll::Ready(Ending::Gone),
-                    Err(error) => return Poll::Ready(self.broken(&error)),
-                }
-            }
-            moved |= self.collect(cx);
-            if let Poll::Ready(Err(error)) = self.outbox.poll_flush(cx) {
-                return Poll::Ready(self.broken(&IntakeError::Socket(error)));
-            }
-            if !moved {
-                return Poll::Pending;
+    let predecessors = std::mem::take(&mut membership.predecessors);
+    let ended = async {
+        for predecessor in &predecessors {
+            predecessor.cancelled().await;
+        }
+    };
+    tokio::pin!(ended);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut ended => return Ok(()),
+            signal = next_signal(membership) => match signal {
+                // What it waits for would run on here: nebd has to connect again. Whoever froze it hears that.
+                Signal::End(Ending::Frozen(_)) | Signal::Resized(_) => {}
+                Signal::End(ending) => return Err(ending),
             }
         }
     }
-
-    fn broken(&self, error: &IntakeError) -> Ending {
-        warn!(volume = %self.session.name, %error, "link is cut");
-        Ending::Gone
-    }
-
-    fn start(&mut self, request: BlockRequest, payload: Bytes, permit: Permit) {
-        self.metrics.started(request.op, data_of(&request).into());
-        let work = match self.session.execute(request, payload, self.read_only) {
-            Ok(future) => Work::Engine(future),
-            Err(fault) => Work::Refused(fault),
-        };
-        let metrics = Arc::clone(&self.metrics);
-        self.running.push(Running { request, work, permit: Some(permit), since: Instant::now(), metrics });
-    }
-
-    /// Queues the replies of what has ended; true if there was any.
-    fn collect(&mut self, cx: &mut Context<'_>) -> bool {
-        let mut any = false;
-        while let Poll::Ready(Some(ended)) = self.running.poll_next_unpin(cx) {
-            any = true;
-            // Whoever takes over while this gateway leaves has fenced it: the request is withdrawn, nebd replays it.
-            let withdrawn = ended.answer == Err(Fault::Fenced) && self.session.leaving.is_cancelled();
-            if !withdrawn {
-                reply(&mut self.outbox, ended);
-            }
-        }
-        any
-    }
-
-    /// Lets what runs end, says farewell. Afterwards nothing runs, or the drain limit has passed.
-    async fn wind_up(&mut self, ending: Ending, drain_limit: Duration) {
-        let leaving = self.session.leaving.clone();
-        if ending == Ending::Gone {
-            self.outbox.discard();
-        }
-        let drained = poll_fn(|cx| self.poll_drain(cx));
-        match ending {
-            Ending::Leaving | Ending::Lost => drop(tokio::time::timeout(drain_limit, drained).await),
-            Ending::Detached | Ending::Gone => tokio::select! {
-                () = drained => {}
-                () = async { leaving.cancelled().await; tokio::time::sleep(drain_limit).await } => {}
-            },
-        }
-        let farewell = match ending {
-            Ending::Leaving => Message::Leaving,
-            Ending::Lost => Message::Lost,
-            Ending::Detached | Ending::Gone => return,
-        };
-        self.outbox.push(&Header::bare(farewell));
-        let said = tokio::time::timeout(FAREWELL_LIMIT, poll_fn(|cx| self.outbox.poll_flush(cx))).await;
-        if !matches!(said, Ok(Ok(()))) {
-            info!(volume = %self.session.name, "farewell did not reach nebd");
-        }
-    }
-
-    /// Ready when nothing runs and everything is written.
-    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.collect(cx) {}
-        // A socket that fails makes the outbox empty: then only the requests are waited for.
-        let _ = self.outbox.poll_flush(cx);
-        if self.running.is_empty() && self.outbox.is_empty() { Poll::Ready(()) } else { Poll::Pending }
-    }
 }
 
-/// Queues the reply to a request (`complete_once`).
-fn reply(outbox: &mut Outbox, ended: Ended) {
-    let Ended { request, answer, permit } = ended;
-    let done = |payload: usize| Header::reply(request.id, Completion::Done(()), payload as u32);
-    match answer {
-        Ok(EngineAnswer::Done) => outbox.push_reply(&done(0), [], permit),
-        Ok(EngineAnswer::Data(parts)) => {
-            let length: usize = parts.iter().map(Bytes::len).sum();
-            outbox.push_reply(&done(length), parts, permit);
-        }
-        Ok(EngineAnswer::Extents(extents)) => {
-            let payload = Bytes::from(spline_link::extents::encode(&extents));
-            outbox.push_reply(&done(payload.len()), [payload], permit);
-        }
-        Err(fault) => outbox.push_reply(&Header::reply(request.id, Completion::Failed(fault), 0), [], permit),
-    }
-}
-
-/// A request under way. Counts itself out when it ends or is dropped.
-struct Running {
-    request: BlockRequest,
-    work: Work,
-    /// Present until the request has ended.
-    permit: Option<Permit>,
-    since: Instant,
-    metrics: Arc<Metrics>,
-}
-
-enum Work {
-    Engine(BoxFuture<'static, Result<EngineAnswer, Fault>>),
-    Refused(Fault),
-}
-
-struct Ended {
-    request: BlockRequest,
-    answer: Result<EngineAnswer, Fault>,
-    permit: Permit,
-}
-
-impl Future for Running {
-    type Output = Ended;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
-        let answer = match &mut self.work {
-            Work::Engine(future) => std::task::ready!(future.as_mut().poll(cx)),
-            Work::Refused(fault) => Err(*fault),
-        };
-        let request = self.request;
-        let answer = answer.and_then(|answer| fitting(&request, answer));
-        let permit = self.permit.take().expect("a future is not polled after it is ready");
-        let bytes = data_of(&request).into();
-        self.metrics.ended(request.op, bytes, answer.as_ref().err().copied(), self.since.elapsed());
-        Poll::Ready(Ended { request, answer, permit })
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if self.permit.is_some() {
-            self.metrics.dropped(self.request.op, data_of(&self.request).into());
-        }
-    }
+/// Bytes of data that a request holds while it is in flight. A decoded read or write is at most 32 MiB long.
+fn data_of(request: &BlockRequest) -> u32 {
+    if request.op.carries_data() { u32::try_from(request.range.length()).unwrap_or(u32::MAX) } else { 0 }
 }
 
 /// An answer that is not as long as asked is a defect of an engine: told as such rather than passed to a guest.
 fn fitting(request: &BlockRequest, answer: EngineAnswer) -> Result<EngineAnswer, Fault> {
-    use spline_types::BlockOp;
     let fits = match (&answer, request.op) {
         (EngineAnswer::Data(parts), BlockOp::Read) => {
             parts.iter().map(|part| part.len() as u64).sum::<u64>() == request.range.length()

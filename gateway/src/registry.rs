@@ -7,11 +7,9 @@
 use crate::admission::Admission;
 use crate::engine::{Engine, OpenError, Opener, Wanted, replaced};
 use crate::metrics::Metrics;
-use crate::session::{Membership, Session};
-use spline_link::InstanceId;
+use crate::session::{Caller, Membership, Session};
 use spline_types::VolumeName;
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -86,11 +84,10 @@ impl Registry {
         &self,
         name: &VolumeName,
         wanted: Wanted,
-        instance: InstanceId,
-        socket: &Arc<OwnedFd>,
+        caller: Caller<'_>,
     ) -> Result<Membership, OpenError> {
         let slot = self.slot(name)?;
-        let joined = self.join_slot(&slot, name, wanted, instance, socket).await;
+        let joined = self.join_slot(&slot, name, wanted, caller).await;
         if joined.is_err() {
             self.forget(name, &slot);
         }
@@ -102,8 +99,7 @@ impl Registry {
         slot: &Slot,
         name: &VolumeName,
         wanted: Wanted,
-        instance: InstanceId,
-        socket: &Arc<OwnedFd>,
+        caller: Caller<'_>,
     ) -> Result<Membership, OpenError> {
         // Another gateway may have taken the volume, and this one not have heard of it: a link that begins must not join what
         // is over. One that resumes goes on as it was, with the metadata server away too.
@@ -120,7 +116,7 @@ impl Registry {
             let too_narrow = open.engine.traits().read_only && !wanted.read_only && open.links() == 0;
             if !stale && !too_narrow {
                 may_join(name, open.engine.as_ref(), wanted)?;
-                return Ok(open.join(instance, socket));
+                return Ok(open.join(caller));
             }
             self.end(open).await;
             *session = None;
@@ -131,7 +127,7 @@ impl Registry {
         self.metrics.sessions.inc();
         let admission = Admission::new(self.limits.requests, self.limits.bytes);
         let opened = Arc::new(Session::new(name.clone(), engine, admission, self.leaving.child_token()));
-        let membership = opened.join(instance, socket);
+        let membership = opened.join(caller);
         *session = Some(opened);
         Ok(membership)
     }

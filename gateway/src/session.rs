@@ -6,6 +6,7 @@
 
 use crate::admission::Admission;
 use crate::engine::{Engine, EngineAnswer, Standing};
+use crate::link::ring::Freeze;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -14,7 +15,8 @@ use spline_types::{BlockOp, BlockRequest, Fault, Invalid, VolumeName};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use tokio::sync::watch;
+use std::time::SystemTime;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// One open volume.
@@ -24,6 +26,11 @@ pub(crate) struct Session {
     pub(crate) admission: Admission,
     /// Cancelled when links are to say farewell: the gateway leaves or an operator closed the volume.
     pub(crate) leaving: CancellationToken,
+    /// When it was opened.
+    pub(crate) since: SystemTime,
+    /// Taken over from another process, and not served yet: when that one took its last request, nanoseconds of the monotonic
+    /// clock.
+    pub(crate) paused: Mutex<Option<u64>>,
     members: Mutex<Members>,
     /// Number of links, for whoever waits until there is none.
     links: watch::Sender<usize>,
@@ -38,12 +45,34 @@ struct Members {
 
 struct Member {
     instance: InstanceId,
+    /// Its requests travel in a ring.
+    ring: bool,
+    orders: mpsc::UnboundedSender<Order>,
     /// To see whether the other side is still there.
     socket: Weak<OwnedFd>,
     /// Tells the link to stop reading.
     stop: CancellationToken,
     /// Cancelled when the link's last request has ended.
     ended: CancellationToken,
+}
+
+/// What a link's task is told.
+pub(crate) enum Order {
+    /// Let what runs end and give the link away. Dropped by a link that can not be given away.
+    Freeze(Freeze),
+    /// Say that the task runs.
+    Probe(oneshot::Sender<()>),
+}
+
+/// Who joins a session.
+#[derive(Clone, Copy)]
+pub(crate) struct Caller<'a> {
+    /// The nebd, or its thread.
+    pub(crate) instance: InstanceId,
+    /// Its connection.
+    pub(crate) socket: &'a Arc<OwnedFd>,
+    /// Its requests travel in a ring.
+    pub(crate) ring: bool,
 }
 
 /// A link's place in its session; leaves when dropped.
@@ -56,6 +85,9 @@ pub(crate) struct Membership {
     pub(crate) predecessors: Vec<CancellationToken>,
     /// Changes of the volume since the link joined.
     pub(crate) standing: watch::Receiver<Standing>,
+    /// What the link's task is told.
+    pub(crate) orders: mpsc::UnboundedReceiver<Order>,
+    ring: bool,
     _ended: DropGuard,
 }
 
@@ -66,7 +98,8 @@ impl Session {
         admission: Admission,
         leaving: CancellationToken,
     ) -> Self {
-        Self { name, engine, admission, leaving, members: Mutex::default(), links: watch::Sender::new(0) }
+        let (since, paused, members) = (SystemTime::now(), Mutex::default(), Mutex::default());
+        Self { name, engine, admission, leaving, since, paused, members, links: watch::Sender::new(0) }
     }
 
     fn members(&self) -> MutexGuard<'_, Members> {
@@ -75,7 +108,8 @@ impl Session {
 
     /// Adds a link. Links of the same nebd, and those whose other side is gone, are told to stop and become its
     /// predecessors.
-    pub(crate) fn join(self: &Arc<Self>, instance: InstanceId, socket: &Arc<OwnedFd>) -> Membership {
+    pub(crate) fn join(self: &Arc<Self>, caller: Caller<'_>) -> Membership {
+        let Caller { instance, socket, ring } = caller;
         let mut members = self.members();
         let mut predecessors = Vec::new();
         for member in members.now.values() {
@@ -88,15 +122,27 @@ impl Session {
         let id = members.joined;
         let (stop, ended) = (CancellationToken::new(), CancellationToken::new());
         let socket = Arc::downgrade(socket);
-        members.now.insert(id, Member { instance, socket, stop: stop.clone(), ended: ended.clone() });
+        let (tell, orders) = mpsc::unbounded_channel();
+        let (stopped, done) = (stop.clone(), ended.clone());
+        members.now.insert(id, Member { instance, ring, orders: tell, socket, stop: stopped, ended: done });
         self.links.send_replace(members.now.len());
         let (session, standing) = (Arc::clone(self), self.engine.standing());
-        Membership { session, id, stop, predecessors, standing, _ended: ended.drop_guard() }
+        Membership { session, id, stop, predecessors, standing, orders, ring, _ended: ended.drop_guard() }
     }
 
     /// Links now.
     pub(crate) fn links(&self) -> usize {
         *self.links.borrow()
+    }
+
+    /// Links whose requests travel in a ring.
+    pub(crate) fn rings(&self) -> usize {
+        self.members().now.values().filter(|member| member.ring).count()
+    }
+
+    /// Where to tell each link's task what to do. A few orders at most lie in it.
+    pub(crate) fn links_orders(&self) -> Vec<mpsc::UnboundedSender<Order>> {
+        self.members().now.values().map(|member| member.orders.clone()).collect()
     }
 
     /// Waits until no link is left.
@@ -116,16 +162,11 @@ impl Session {
         self.engine.standing().borrow().lost
     }
 
-    /// Checks a request and hands it to the engine.
+    /// Checks a request.
     ///
     /// # Errors
-    /// `Invalid`, `ReadOnly`: the request can not be served.
-    pub(crate) fn execute(
-        &self,
-        request: BlockRequest,
-        payload: Bytes,
-        read_only: bool,
-    ) -> Result<BoxFuture<'static, Result<EngineAnswer, Fault>>, Fault> {
+    /// `Invalid`, `ReadOnly`: it can not be served.
+    pub(crate) fn check(&self, request: &BlockRequest, read_only: bool) -> Result<(), Fault> {
         self.engine.geometry().check(request.op, request.range)?;
         if request.op.modifies() && (read_only || self.engine.traits().read_only) {
             return Err(Fault::ReadOnly);
@@ -134,7 +175,28 @@ impl Session {
             // An answer names at least one extent.
             return Err(Fault::Invalid(Invalid::Flags));
         }
+        Ok(())
+    }
+
+    /// Checks a request and hands it to the engine.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub(crate) fn execute(
+        &self,
+        request: BlockRequest,
+        payload: Bytes,
+        read_only: bool,
+    ) -> Result<BoxFuture<'static, Result<EngineAnswer, Fault>>, Fault> {
+        self.check(&request, read_only)?;
         Ok(self.engine.execute(request, payload))
+    }
+}
+
+impl Membership {
+    /// Whether the link's requests travel in a ring.
+    pub(crate) fn has_ring(&self) -> bool {
+        self.ring
     }
 }
 

@@ -4,29 +4,53 @@
 
 use super::{Links, unexpected_end};
 use crate::engine::{OpenError, Wanted};
-use crate::session::{Membership, Session};
+use crate::session::{Caller, Membership};
 use spline_link::hello::{HELLO_BYTES_MAX, HELLO_FIXED_BYTES, HELLO_VERSIONS_BYTES};
-use spline_link::{Accepted, Hello, LinkError, LinkVersion, Mode, Refusal, Refused, VolumeTraits, Welcome};
+use spline_link::ring::shared::RING_FDS;
+use spline_link::ring::{GatewayRing, Position, RingFds};
+use spline_link::{
+    Accepted, FEATURE_RING, Hello, InstanceId, LinkError, LinkVersion, Mode, Refusal, Refused, VolumeTraits,
+    Welcome, passing,
+};
 use spline_types::limits::REQUEST_BYTES_MAX;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
 use tracing::warn;
 
 /// Time for a hello to arrive and for a welcome to be taken: both sides are on one host.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 
-/// The place in a session and whether it is for reading only; `None` if there is no link to serve.
-pub(super) async fn greet(
-    read: &mut OwnedReadHalf,
-    write: &mut OwnedWriteHalf,
-    socket: &Arc<OwnedFd>,
-    links: &Links,
-) -> Option<(Membership, bool)> {
-    let hello = match tokio::time::timeout(HELLO_LIMIT, read_hello(read)).await {
+/// What requests travel over.
+pub(super) enum Carrier {
+    /// A ring, and the bell that tells of requests in it.
+    Ring(Box<GatewayRing>, OwnedFd),
+    /// The socket.
+    Socket,
+}
+
+/// What a hello said that matters later.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Facts {
+    pub(crate) version: LinkVersion,
+    pub(crate) instance: InstanceId,
+    /// nebd will not modify the volume.
+    pub(crate) read_only: bool,
+}
+
+/// An accepted hello.
+pub(super) struct Greeted {
+    pub(super) membership: Membership,
+    pub(super) facts: Facts,
+    pub(super) carrier: Carrier,
+}
+
+/// Reads the hello, opens or joins the session, sends the welcome; `None` if there is no link to serve.
+pub(super) async fn greet(stream: &mut UnixStream, socket: &Arc<OwnedFd>, links: &Links) -> Option<Greeted> {
+    let (hello, fds) = match tokio::time::timeout(HELLO_LIMIT, read_hello(stream)).await {
         Ok(Ok(hello)) => hello,
         Ok(Err(HelloError::Closed)) => return None,
         Ok(Err(HelloError::Contract(error @ LinkError::Version { .. }))) => {
@@ -34,8 +58,7 @@ pub(super) async fn greet(
             warn!(%error, "hello is refused");
             let refused = Refused { refusal: Refusal::Version, text: error.to_string() };
             // Whether it is taken changes nothing: the link is cut.
-            let _ =
-                tokio::time::timeout(HELLO_LIMIT, write.write_all(&Welcome::Refused(refused).encode())).await;
+            send(stream, &Welcome::Refused(refused)).await;
             return None;
         }
         Ok(Err(error)) => {
@@ -48,46 +71,67 @@ pub(super) async fn greet(
         }
     };
     let opened = match LinkVersion::choose(hello.versions) {
-        Ok(version) => open(&hello, version, socket, links).await,
+        Ok(version) => {
+            let carrier = carrier(&hello, version, fds);
+            let ring = matches!(carrier, Carrier::Ring(..));
+            let caller = Caller { instance: hello.instance, socket, ring };
+            let joined = join(&hello, caller, links).await;
+            joined.map(|membership| (membership, version, carrier))
+        }
         Err(error) => Err(Refused { refusal: Refusal::Version, text: error.to_string() }),
     };
-    let (membership, welcome) = match opened {
-        Ok((membership, accepted)) => (Some(membership), Welcome::Accepted(accepted)),
+    let (membership, version, carrier) = match opened {
+        Ok(opened) => opened,
         Err(refused) => {
             links.metrics.opens_refused.inc();
             warn!(volume = %hello.volume, reason = %refused.text, "hello is refused");
-            (None, Welcome::Refused(refused))
+            send(stream, &Welcome::Refused(refused)).await;
+            return None;
         }
     };
-    let volume = hello.volume;
+    let accepted = accepted(&membership, version, hello.read_only);
+    if !send(stream, &Welcome::Accepted(accepted)).await {
+        warn!(volume = %hello.volume, "welcome did not reach nebd");
+        let session = Arc::clone(&membership.session);
+        drop(membership);
+        links.registry.link_left(session, false);
+        return None;
+    }
+    let facts = Facts { version, instance: hello.instance, read_only: hello.read_only };
+    Some(Greeted { membership, facts, carrier })
+}
+
+/// Whether the welcome was taken.
+async fn send(stream: &mut UnixStream, welcome: &Welcome) -> bool {
     let bytes = welcome.encode();
-    match tokio::time::timeout(HELLO_LIMIT, write.write_all(&bytes)).await {
-        Ok(Ok(())) => membership.map(|membership| (membership, hello.read_only)),
-        _ => {
-            warn!(%volume, "welcome did not reach nebd");
-            if let Some(membership) = membership {
-                let session = Arc::clone(&membership.session);
-                drop(membership);
-                links.registry.link_left(session, false);
-            }
-            None
+    matches!(tokio::time::timeout(HELLO_LIMIT, stream.write_all(&bytes)).await, Ok(Ok(())))
+}
+
+/// The ring that came with a hello, if it is one and both sides can; nebd is served over the socket otherwise.
+fn carrier(hello: &Hello, version: LinkVersion, fds: Vec<OwnedFd>) -> Carrier {
+    if hello.features & FEATURE_RING == 0 || version < LinkVersion::V4 {
+        return Carrier::Socket;
+    }
+    let Ok([memory, to_gateway, to_nebd]) = <[OwnedFd; RING_FDS]>::try_from(fds) else {
+        warn!(volume = %hello.volume, "hello offers a ring and brings none, requests travel over its socket");
+        return Carrier::Socket;
+    };
+    match GatewayRing::adopt(RingFds { memory, to_gateway, to_nebd }, Position::default()) {
+        Ok((ring, bell)) => Carrier::Ring(Box::new(ring), bell),
+        Err(error) => {
+            warn!(volume = %hello.volume, %error, "ring is not taken, requests travel over the socket");
+            Carrier::Socket
         }
     }
 }
 
-async fn open(
-    hello: &Hello,
-    version: LinkVersion,
-    socket: &Arc<OwnedFd>,
-    links: &Links,
-) -> Result<(Membership, Accepted), Refused> {
+async fn join(hello: &Hello, caller: Caller<'_>, links: &Links) -> Result<Membership, Refused> {
     let resumes = match hello.mode {
         Mode::Open => None,
         Mode::Resume { epoch } => Some(epoch),
     };
     let wanted = Wanted { read_only: hello.read_only, force: hello.force, resumes, known: hello.identity };
-    let joined = links.registry.join(&hello.volume, wanted, hello.instance, socket).await;
-    let membership = joined.map_err(|error| {
+    links.registry.join(&hello.volume, wanted, caller).await.map_err(|error| {
         let refusal = match error {
             OpenError::NotFound(_) => Refusal::NotFound,
             OpenError::Held(_) => Refusal::Held,
@@ -96,16 +140,15 @@ async fn open(
             OpenError::Internal(_) => Refusal::Internal,
         };
         Refused { refusal, text: error.to_string() }
-    })?;
-    let accepted = accepted(&membership.session, version, hello.read_only);
-    Ok((membership, accepted))
+    })
 }
 
-fn accepted(session: &Session, version: LinkVersion, read_only: bool) -> Accepted {
+fn accepted(membership: &Membership, version: LinkVersion, read_only: bool) -> Accepted {
+    let session = &membership.session;
     let traits = session.engine.traits();
     Accepted {
         version,
-        features: 0,
+        features: if membership.has_ring() { FEATURE_RING } else { 0 },
         epoch: traits.epoch,
         identity: traits.identity,
         geometry: session.engine.geometry(),
@@ -133,14 +176,17 @@ enum HelloError {
     Contract(#[from] LinkError),
 }
 
-/// Reads a hello and not a byte more: requests may follow it at once.
-async fn read_hello(read: &mut OwnedReadHalf) -> Result<Hello, HelloError> {
+/// Reads a hello and not a byte more: requests may follow it at once. With it come the descriptors of a ring, if it offers one.
+async fn read_hello(stream: &UnixStream) -> Result<(Hello, Vec<OwnedFd>), HelloError> {
     let mut bytes = [0; HELLO_BYTES_MAX];
+    let mut fds = Vec::new();
     let mut have = 0;
     let mut want = HELLO_VERSIONS_BYTES;
     loop {
         while have < want {
-            let read = read.read(&mut bytes[have..want]).await?;
+            let part = &mut bytes[have..want];
+            let receive = || passing::receive(stream.as_fd(), part, &mut fds);
+            let read = stream.async_io(Interest::READABLE, receive).await?;
             match (read, have) {
                 (0, 0) => return Err(HelloError::Closed),
                 (0, _) => return Err(unexpected_end().into()),
@@ -148,7 +194,7 @@ async fn read_hello(read: &mut OwnedReadHalf) -> Result<Hello, HelloError> {
             }
         }
         if let Some((hello, _)) = Hello::decode(&bytes[..have])? {
-            return Ok(hello);
+            return Ok((hello, fds));
         }
         want = match have {
             ..HELLO_FIXED_BYTES => HELLO_FIXED_BYTES,

@@ -1,20 +1,27 @@
 //! Links over real sockets: with the file engine through a whole gateway, and with an engine whose requests end when
 //! the test says so.
 
+mod rings;
+
 use super::*;
 use crate::config::Config;
-use crate::engine::{Engine, EngineTraits, OpenError, Opener, Wanted};
+use crate::engine::{Engine, EngineTraits, OpenError, Opener, Standing, Wanted};
 use crate::gateway::Gateway;
 use crate::registry::SessionLimits;
-use spline_link::{HEADER_BYTES, Hello, Identity, InstanceId, Mode, Refusal, VersionRange, Welcome};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use spline_link::{
+    HEADER_BYTES, Header, Hello, Identity, InstanceId, Message, Mode, Refusal, VersionRange, Welcome,
+};
 use spline_types::{
-    BlockOp, BlockSize, ByteRange, Epoch, Extent, Geometry, Invalid, OnUnavailable, RequestId, VolumeName,
+    BlockOp, BlockSize, ByteRange, Completion, Epoch, Extent, Geometry, Invalid, OnUnavailable, RequestId,
+    VolumeName,
 };
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 const SIZE: u64 = 4 << 20;

@@ -5,9 +5,10 @@
 
 use crate::admission::{Admission, Permit};
 use crate::buffer::{Buffer, BufferPool};
+use crate::link::{Breach, data_of};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use spline_link::{HEADER_BYTES, Header, LinkError, Message};
+use spline_link::{HEADER_BYTES, Header, Message};
 use spline_types::{BlockOp, BlockRequest};
 use std::io;
 use std::pin::Pin;
@@ -29,20 +30,6 @@ pub(super) enum Arrival {
     Detach,
     /// The socket was closed.
     Closed,
-}
-
-/// Why reading ended badly.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum IntakeError {
-    /// The socket failed.
-    #[error("link socket failed: error={0}")]
-    Socket(#[from] io::Error),
-    /// Bytes that the contract does not allow.
-    #[error(transparent)]
-    Contract(#[from] LinkError),
-    /// A frame that only a gateway sends.
-    #[error("frame that only a gateway may send")]
-    Direction,
 }
 
 /// The reading side of a link.
@@ -77,7 +64,7 @@ impl Intake {
         &mut self,
         cx: &mut Context<'_>,
         admission: &Admission,
-    ) -> Poll<Result<Arrival, IntakeError>> {
+    ) -> Poll<Result<Arrival, Breach>> {
         loop {
             match std::mem::replace(&mut self.stage, Stage::Header) {
                 Stage::Header => match ready!(self.poll_header(cx))? {
@@ -90,7 +77,7 @@ impl Intake {
                             None => self.stage = Stage::Admit(request, admission.acquire(bytes)),
                         }
                     }
-                    Some(_) => return Poll::Ready(Err(IntakeError::Direction)),
+                    Some(_) => return Poll::Ready(Err(Breach::Direction)),
                 },
                 Stage::Admit(request, mut waiting) => match waiting.as_mut().poll(cx) {
                     Poll::Ready(permit) => self.stage = self.admitted(request, permit),
@@ -127,7 +114,7 @@ impl Intake {
     }
 
     /// One header, or `None` at the end of the stream.
-    fn poll_header(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Message>, IntakeError>> {
+    fn poll_header(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Message>, Breach>> {
         loop {
             if let Some(bytes) = self.ahead[self.start..self.end].first_chunk::<HEADER_BYTES>() {
                 let header = Header::decode(bytes)?;
@@ -181,9 +168,4 @@ impl Intake {
         self.end += read;
         Poll::Ready(Ok(read > 0))
     }
-}
-
-/// Bytes of data that a request holds while it is in flight. A decoded read or write is at most 32 MiB long.
-pub(super) fn data_of(request: &BlockRequest) -> u32 {
-    if request.op.carries_data() { u32::try_from(request.range.length()).unwrap_or(u32::MAX) } else { 0 }
 }

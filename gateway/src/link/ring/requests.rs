@@ -1,0 +1,119 @@
+//! The requests that a link with a ring has taken and not answered, and what is done for those that no lane takes.
+//!
+//! Used by the link's `ring`. `complete_once`: a ticket names one request until it is removed.
+
+use crate::admission::Permit;
+use crate::buffer::BufferPool;
+use crate::engine::EngineAnswer;
+use crate::link::fitting;
+use crate::session::Session;
+use crate::shared::SharedData;
+use bytes::Bytes;
+use spline_link::extents;
+use spline_link::ring::RingAnswer;
+use spline_types::{BlockOp, BlockRequest, Completion, Fault, RequestId};
+use std::time::Instant;
+
+/// A request under way.
+pub(super) struct Ongoing {
+    pub(super) request: BlockRequest,
+    /// Given back with it.
+    #[allow(dead_code, reason = "held for its drop")]
+    pub(super) permit: Permit,
+    pub(super) since: Instant,
+}
+
+/// Requests by ticket.
+#[derive(Default)]
+pub(super) struct Requests {
+    places: Vec<Option<Ongoing>>,
+    free: Vec<u32>,
+    len: usize,
+}
+
+impl Requests {
+    pub(super) fn insert(&mut self, ongoing: Ongoing) -> u32 {
+        self.len += 1;
+        match self.free.pop() {
+            Some(ticket) => {
+                self.places[ticket as usize] = Some(ongoing);
+                ticket
+            }
+            None => {
+                self.places.push(Some(ongoing));
+                // No more than a ring has places.
+                (self.places.len() - 1) as u32
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, ticket: u32) -> Option<Ongoing> {
+        let ongoing = self.places.get_mut(ticket as usize)?.take()?;
+        self.free.push(ticket);
+        self.len -= 1;
+        Some(ongoing)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Takes all of them out.
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = Ongoing> {
+        self.len = 0;
+        self.free.clear();
+        std::mem::take(&mut self.places).into_iter().flatten()
+    }
+}
+
+/// Carries out a request with copies of its data; answers how many bytes of extents were put into it.
+///
+/// # Errors
+/// The engine's; `Internal` if the memory has vanished.
+pub(super) async fn execute(
+    session: &Session,
+    buffers: &BufferPool,
+    request: BlockRequest,
+    data: SharedData,
+) -> Result<u32, Fault> {
+    let payload = match request.op {
+        BlockOp::Write if data.len() > 0 => {
+            let mut buffer = buffers.take(data.len());
+            data.copy_out(buffer.as_mut_slice()).map_err(|_| Fault::Internal)?;
+            buffer.freeze()
+        }
+        _ => Bytes::new(),
+    };
+    let answer = session.engine.execute(request, payload).await?;
+    match fitting(&request, answer)? {
+        EngineAnswer::Done => Ok(0),
+        EngineAnswer::Data(parts) => {
+            let mut at = 0;
+            for part in parts {
+                data.copy_in(at, &part).map_err(|_| Fault::Internal)?;
+                at += part.len();
+            }
+            Ok(0)
+        }
+        EngineAnswer::Extents(list) => {
+            let fit = data.len() / extents::EXTENT_BYTES;
+            let bytes = extents::encode(&list[..list.len().min(fit)]);
+            data.copy_in(0, &bytes).map_err(|_| Fault::Internal)?;
+            // At most `EXTENTS_MAX` of twelve bytes.
+            Ok(bytes.len() as u32)
+        }
+    }
+}
+
+/// How a request ended, for nebd.
+pub(super) fn answer(id: RequestId, result: Result<u32, Fault>) -> RingAnswer {
+    match result {
+        Ok(payload) => RingAnswer { id, completion: Completion::Done(()), payload },
+        Err(fault) => RingAnswer { id, completion: Completion::Failed(fault), payload: 0 },
+    }
+}
+
+/// It is to be sent again.
+pub(super) fn withdrawn(id: RequestId) -> RingAnswer {
+    RingAnswer { id, completion: Completion::Withdrawn, payload: 0 }
+}
