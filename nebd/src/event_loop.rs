@@ -5,7 +5,7 @@
 
 use crate::config::{Checked, CheckedNbd};
 use crate::doors::NbdDoors;
-use crate::link::stream::Stream;
+use crate::link::carrier::Carrier;
 use crate::link::{Link, LinkDown, Next};
 use crate::listener::Listener;
 use crate::memory;
@@ -14,7 +14,8 @@ use crate::poller::Poller;
 use crate::receive::SCRATCH_BYTES;
 use crate::send_queue;
 use crate::status_file::{Kind, Status, StatusFile};
-use crate::volume::{Answer, Origin, Volume};
+use crate::vhost::worker::polling::Polling;
+use crate::volume::{Answer, Origin, Volume, area_for};
 use anyhow::Context;
 use rustix::event::epoll::EventFlags;
 use spline_types::{Fault, Unavailable};
@@ -25,9 +26,13 @@ use std::time::{Duration, Instant};
 
 const STOP: u64 = 0;
 const LINK: u64 = 1;
-const LISTENERS: u64 = 2;
+/// The bell of the link's ring.
+const BELL: u64 = 2;
+const LISTENERS: u64 = 3;
 /// Connections are numbered from here up; below are the other tokens.
 const CONNECTIONS: u64 = 16;
+/// Rounds of answering and sending before clients' sockets get their turn.
+const ROUNDS_PER_TURN: usize = 16;
 /// Clients taken from a listener before others get their turn.
 const ACCEPTS_PER_TURN: usize = 16;
 /// Pause of accepting after it failed: descriptors do not come back at once.
@@ -55,7 +60,7 @@ pub struct EventLoop {
     connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
     link: Link,
-    stream: Stream,
+    carrier: Carrier,
     volume: Volume,
     scratch: Vec<u8>,
     serving: Sender<Serving>,
@@ -66,6 +71,9 @@ pub struct EventLoop {
     /// When memory is given back; `None` if that is done.
     idle_at: Option<Instant>,
     turn: usize,
+    polling: Polling,
+    /// Since when there is nothing to do before the gateway answers.
+    awaiting: Option<Instant>,
 }
 
 impl EventLoop {
@@ -93,7 +101,7 @@ impl EventLoop {
             connections: BTreeMap::new(),
             next_connection: CONNECTIONS,
             link,
-            stream: Stream::default(),
+            carrier: Carrier::default(),
             volume,
             scratch: vec![0; SCRATCH_BYTES],
             serving,
@@ -102,6 +110,8 @@ impl EventLoop {
             stopping: None,
             idle_at: None,
             turn: 0,
+            polling: Polling::default(),
+            awaiting: None,
         })
     }
 
@@ -111,28 +121,33 @@ impl EventLoop {
     /// If the volume is refused, clients can not be listened for, or epoll fails.
     pub fn run(mut self) -> anyhow::Result<()> {
         let mut ready = Vec::new();
+        let mut more = false;
         while !self.is_done() {
-            let timeout = self.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = match more {
+                true => Some(Duration::ZERO),
+                false => self.next_deadline().map(|at| at.saturating_duration_since(Instant::now())),
+            };
             self.poller.wait(&mut ready, timeout).context("wait for events")?;
             self.volume.now = Instant::now();
             self.turn = self.turn.wrapping_add(1);
-            if ready.is_empty() {
-                self.rest();
-            } else {
-                self.idle_at = Some(self.volume.now + IDLE_AFTER);
+            match ready.is_empty() && !more {
+                true => self.rest()?,
+                false => self.idle_at = Some(self.volume.now + IDLE_AFTER),
             }
             for (token, flags) in &ready {
                 match *token {
                     STOP => self.begin_stop()?,
                     LINK => self.link_ready()?,
+                    // Completions are looked for in every turn.
+                    BELL => {}
                     listener if listener < CONNECTIONS => self.accept((listener - LISTENERS) as usize),
                     connection => self.client_ready(ConnectionId(connection), *flags),
                 }
             }
             self.deadlines()?;
-            self.settle()?;
+            more = self.settle()?;
         }
-        self.stream.detach(&mut self.link);
+        self.carrier.detach(&mut self.link);
         Ok(())
     }
 
@@ -173,7 +188,8 @@ impl EventLoop {
                 Ok(None) => return Ok(()),
                 Ok(Some(accepted)) => {
                     self.volume.accepted(&accepted, self.link.is_read_only());
-                    self.stream = Stream::new(self.link.left_over());
+                    self.carrier = Carrier::new(&mut self.link, &self.poller, BELL)
+                        .context("watch the bell of a link")?;
                     if !self.is_open && self.stopping.is_none() {
                         self.open_doors()?;
                     }
@@ -181,16 +197,43 @@ impl EventLoop {
                 Err(why) => return self.link_failed(&why),
             }
         }
-        let Self { link, stream, volume, connections, scratch, .. } = self;
-        let received = stream.receive(link, volume, scratch, |volume, origin: Origin, result| {
-            match connections.get_mut(&origin.connection) {
-                Some(connection) => connection.answer(&origin.ticket, result, volume.now),
-                None => volume.budget.buried(origin.ticket.holds()),
-            }
+        let Self { link, carrier, volume, connections, scratch, .. } = self;
+        let received = carrier.receive(link, volume, scratch, |volume, origin, result| {
+            answer(connections, volume, &origin, result);
         });
-        match received {
-            Ok(()) => Ok(()),
-            Err(why) => self.link_failed(&why),
+        received.or_else(|why| self.link_failed(&why))
+    }
+
+    /// Takes completions out of the ring, if the link has one.
+    fn take_answers(&mut self) -> anyhow::Result<()> {
+        if self.carrier.has_answers() {
+            self.volume.now = Instant::now();
+            if let Some(since) = self.awaiting.take() {
+                self.polling.learn(self.volume.now.saturating_duration_since(since));
+            }
+        }
+        let Self { carrier, volume, connections, .. } = self;
+        let received = carrier.take_answers(volume, |volume, origin, result| {
+            answer(connections, volume, &origin, result);
+        });
+        received.or_else(|why| self.link_failed(&why))
+    }
+
+    /// Looks for a completion for a moment, if one is likely to come within it, while the gateway need not ring. True if one is
+    /// there.
+    fn look(&mut self) -> bool {
+        if !self.carrier.is_asked() {
+            return false;
+        }
+        let since = *self.awaiting.get_or_insert_with(Instant::now);
+        loop {
+            if self.carrier.has_answers() {
+                return true;
+            }
+            if since.elapsed() >= self.polling.window() {
+                return false;
+            }
+            std::hint::spin_loop();
         }
     }
 
@@ -220,8 +263,10 @@ impl EventLoop {
 
     fn link_failed(&mut self, why: &LinkDown) -> anyhow::Result<()> {
         if self.link.is_up() {
-            self.volume.link_lost();
-            self.stream = Stream::default();
+            let clients = self.nbd.max_connections;
+            self.volume.link_lost(self.carrier.is_shared(), || area_for(clients));
+            self.carrier.close(&self.poller);
+            self.awaiting = None;
         }
         match self.link.fail(why, self.volume.inflight.len(), self.volume.now) {
             Next::Retry => {}
@@ -231,18 +276,16 @@ impl EventLoop {
                 self.connections.values_mut().for_each(Connection::fence);
                 for entry in self.volume.inflight.drain() {
                     self.volume.count(&entry, &Err(Fault::Fenced));
-                    self.answer(&entry.context.origin, Err(Fault::Fenced));
+                    answer(
+                        &mut self.connections,
+                        &mut self.volume,
+                        &entry.context.origin,
+                        Err(Fault::Fenced),
+                    );
                 }
             }
         }
         Ok(())
-    }
-
-    fn answer(&mut self, origin: &Origin, result: Result<Answer<'_>, Fault>) {
-        match self.connections.get_mut(&origin.connection) {
-            Some(connection) => connection.answer(&origin.ticket, result, self.volume.now),
-            None => self.volume.budget.buried(origin.ticket.holds()),
-        }
     }
 
     fn accept(&mut self, number: usize) {
@@ -334,7 +377,7 @@ impl EventLoop {
             let fault = Fault::Unavailable(Unavailable::Unreachable);
             while let Some(entry) = self.volume.inflight.expire(down_since, cutoff) {
                 self.volume.count(&entry, &Err(fault));
-                self.answer(&entry.context.origin, Err(fault));
+                answer(&mut self.connections, &mut self.volume, &entry.context.origin, Err(fault));
             }
         }
         if self.accept_paused.is_some_and(|until| until <= now) {
@@ -389,21 +432,25 @@ impl EventLoop {
         self.volume.budget.settle(self.connections.values().map(Connection::held))
     }
 
-    /// Lets waiting requests go on where there is room now, sends everything, and forgets finished clients.
-    fn settle(&mut self) -> anyhow::Result<()> {
-        loop {
+    /// Answers, lets waiting requests go on where there is room now, sends everything, and forgets finished clients, until there
+    /// is nothing to do. True if more is to be done at once.
+    fn settle(&mut self) -> anyhow::Result<bool> {
+        for _ in 0..ROUNDS_PER_TURN {
+            self.take_answers()?;
             self.take_stock();
             self.resume_stalled();
-            if let Err(why) = self.stream.flush(&self.link, &mut self.volume, &self.poller, LINK) {
+            if let Err(why) = self.carrier.flush(&self.link, &mut self.volume, &self.poller, LINK) {
                 self.link_failed(&why)?;
             }
             self.want_back();
             let caught_up = self.flush_clients();
-            if !self.take_stock() && !caught_up {
+            let more = self.take_stock() | self.volume.area.is_relieved() | caught_up;
+            if !more && !self.look() && self.carrier.sleep() {
                 self.volume.metrics.inflight.set(self.volume.inflight.len() as i64);
-                return Ok(());
+                return Ok(false);
             }
         }
+        Ok(true)
     }
 
     /// Those that wait for what all share come in their order, then the others, a different one first in each turn.
@@ -447,15 +494,32 @@ impl EventLoop {
     }
 
     /// Nothing has happened for a while: give memory back.
-    fn rest(&mut self) {
+    fn rest(&mut self) -> anyhow::Result<()> {
         if self.idle_at.is_some_and(|at| at <= self.volume.now) {
             self.idle_at = None;
-            self.stream.shrink();
             self.connections.values_mut().for_each(Connection::shrink);
             if self.volume.inflight.is_empty() {
                 self.scratch = vec![0; SCRATCH_BYTES];
             }
+            self.volume.area.rest();
             memory::trim();
+            if let Err(why) = self.carrier.rest(&self.link) {
+                self.link_failed(&why)?;
+            }
         }
+        Ok(())
+    }
+}
+
+/// Answers a request of a client, or of one that is gone.
+fn answer(
+    connections: &mut BTreeMap<ConnectionId, Connection>,
+    volume: &mut Volume,
+    origin: &Origin,
+    result: Result<Answer, Fault>,
+) {
+    match connections.get_mut(&origin.connection) {
+        Some(connection) => connection.answer(&origin.ticket, result, volume.now),
+        None => volume.budget.buried(origin.ticket.holds()),
     }
 }

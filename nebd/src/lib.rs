@@ -7,9 +7,10 @@
 //!
 //! Modules in the order in which a request meets them: [`config`], [`doors`], [`confine`] (once) → [`event_loop`] over
 //! [`poller`] → [`listener`] → [`nbd`] ([`nbd::connection`], [`nbd::handshake`], [`nbd::transmission`]) reading by [`receive`]
-//! → [`export`] → [`volume`] → [`inflight`] → [`link`] → the gateway, and back through [`nbd::reply`] and
-//! [`send_queue`]; for a device [`vhost`] in place of [`event_loop`] to [`volume`]. [`budget`] bounds the memory of all clients together. [`metrics`], [`memory`] and [`status_file`] stand beside.
+//! into the [`area`] → [`export`] → [`volume`] → [`inflight`] → [`link`] → the gateway, and back through [`nbd::reply`] and
+//! [`send_queue`]; for a device [`vhost`] in place of [`event_loop`] to [`volume`]. [`budget`] bounds the memory of all clients together. [`vectored`], [`metrics`], [`memory`] and [`status_file`] stand beside.
 
+pub mod area;
 pub mod budget;
 pub mod config;
 pub mod confine;
@@ -26,6 +27,7 @@ pub mod poller;
 pub mod receive;
 pub mod send_queue;
 pub mod status_file;
+pub mod vectored;
 pub mod vhost;
 pub mod volume;
 
@@ -39,10 +41,10 @@ use crate::export::Export;
 use crate::inflight::{Inflight, Limits};
 use crate::link::Link;
 use crate::metrics::Families;
-use crate::volume::Volume;
+use crate::volume::{Volume, area_for};
 use anyhow::{Context, anyhow};
 use rustix::event::EventfdFlags;
-use spline_link::{Hello, InstanceId, Mode, VersionRange, VolumeTraits};
+use spline_link::{FEATURE_RING, Hello, InstanceId, Mode, VersionRange, VolumeTraits};
 use spline_types::limits::VOLUME_INFLIGHT_REQUESTS;
 use spline_types::{BlockSize, Geometry};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -144,9 +146,11 @@ impl Nebd {
             let now = Instant::now();
             // What their data holds is the budget's to bound: it gives it out in turn.
             let limits = Limits { requests: VOLUME_INFLIGHT_REQUESTS, bytes: u64::MAX };
-            let link = Link::new(export.gateway_socket.clone(), export.hello(), now);
+            let hello = Hello { features: FEATURE_RING, ..export.hello() };
+            let link = Link::new(export.gateway_socket.clone(), hello, now);
             let (inflight, budget) = (Inflight::new(limits), Budget::default());
-            let volume = Volume { export: export.shown(), inflight, budget, lost: false, metrics, now };
+            let area = area_for(nbd.max_connections).context("memory for the data of clients")?;
+            let volume = Volume { export: export.shown(), inflight, budget, area, lost: false, metrics, now };
             EventLoop::new((export, nbd), doors, (link, volume), their_stop, tell)?.run()
         })?;
         Ok(Self { stop, thread: Some(thread), serving })

@@ -1,10 +1,11 @@
 //! The link to the gateway: connects, says hello, tells what a lost link means; comes back for ever.
 //!
-//! Called by the event loop and by vhost workers, each with a link of its own. What travels over it is [`stream`]'s for NBD
-//! and `vhost::stream`'s for guests. Must not know: NBD, virtio, requests. `replay_before_new`: whoever loses a link makes
+//! Called by the event loop and by vhost workers, each with a link of its own. What travels over it is [`carrier`]'s for NBD
+//! ([`ringed`] or [`stream`]), `vhost::ringed`'s or `vhost::stream`'s for guests. Must not know: NBD, virtio, requests. `replay_before_new`: whoever loses a link makes
 //! its in-flight table hand out everything unanswered again, oldest first, before what came later.
 
-pub mod reader;
+pub mod carrier;
+pub mod ringed;
 pub mod stream;
 
 use crate::inflight::Limits;

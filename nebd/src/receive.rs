@@ -1,8 +1,9 @@
-//! Reading from sockets: small messages through one shared buffer, large payloads straight into their own.
+//! Reading from sockets: small messages through one shared buffer, large payloads straight to where they stay.
 //!
 //! Called by `nbd::connection` and `link`. Must not know: what the bytes mean.
 
-use rustix::buffer::spare_capacity;
+use crate::area::Buffer;
+use crate::vectored::Incoming;
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -11,6 +12,9 @@ use std::os::fd::BorrowedFd;
 pub const SCRATCH_BYTES: usize = 256 << 10;
 /// Reads from one socket before the others get their turn.
 pub const READS_PER_TURN: usize = 4;
+/// Payloads of which at least so many bytes are missing, and which came alone, are read to where they stay; what is smaller comes
+/// through the shared buffer, many in one read.
+pub const DIRECT_MIN: usize = 32 << 10;
 
 /// What a read brought.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,49 +44,53 @@ pub fn read_after(socket: BorrowedFd<'_>, partial: &mut Vec<u8>, scratch: &mut [
         return Err(io::Error::new(io::ErrorKind::InvalidData, "message header larger than the buffer"));
     };
     let offered = free.len();
-    match retry(|| rustix::io::read(socket, &mut *free)) {
+    match retry(|| Ok(rustix::io::read(socket, &mut *free)?)) {
         Ok(0) => Ok(Received::Closed),
         Ok(new) => {
             scratch[..kept].copy_from_slice(partial);
             partial.clear();
             Ok(Received::Bytes { count: kept + new, drained: new < offered })
         }
-        Err(Errno::AGAIN) => Ok(Received::Nothing),
-        Err(error) => Err(error.into()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
+        Err(error) => Err(error),
     }
 }
 
-/// Reads the `missing` bytes of `payload`, as far as they have come. Should its allocation be larger than asked for,
-/// what was read too far is put into `partial`. `count` is the payload's new length.
+/// Reads what is missing of `payload` behind its first `have` bytes, as far as it has come, and what comes behind it into
+/// `scratch`. Answers how many bytes went into the payload, and what `scratch` holds.
 ///
 /// # Errors
-/// Those of read.
-pub fn read_payload(
+/// Those of readv.
+pub fn read_direct(
     socket: BorrowedFd<'_>,
-    payload: &mut Vec<u8>,
-    missing: usize,
-    partial: &mut Vec<u8>,
-) -> io::Result<Received> {
-    let end = payload.len() + missing;
-    payload.reserve_exact(missing);
-    match retry(|| rustix::io::read(socket, spare_capacity(payload))) {
-        Ok(0) => Ok(Received::Closed),
-        Ok(new) => {
-            if payload.len() > end {
-                partial.extend_from_slice(&payload[end..]);
-                payload.truncate(end);
-            }
-            Ok(Received::Bytes { count: payload.len(), drained: new < missing })
+    (payload, have): (&Buffer, usize),
+    scratch: &mut [u8],
+) -> io::Result<(usize, Received)> {
+    let read = || {
+        let mut incoming = Incoming::new();
+        let whole = incoming.push_buffer(payload, have..payload.length());
+        let wanted = incoming.bytes();
+        if whole {
+            incoming.push(&mut *scratch);
         }
-        Err(Errno::AGAIN) => Ok(Received::Nothing),
-        Err(error) => Err(error.into()),
+        let offered = incoming.bytes();
+        incoming.receive(socket).map(|got| (got, wanted, offered))
+    };
+    match retry(read) {
+        Ok((0, ..)) => Ok((0, Received::Closed)),
+        Ok((got, wanted, offered)) => {
+            let count = got.saturating_sub(wanted);
+            Ok((got - count, Received::Bytes { count, drained: got < offered }))
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok((0, Received::Nothing)),
+        Err(error) => Err(error),
     }
 }
 
-fn retry(mut read: impl FnMut() -> rustix::io::Result<usize>) -> rustix::io::Result<usize> {
+fn retry<T>(mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match read() {
-            Err(Errno::INTR) => {}
+            Err(error) if error.raw_os_error() == Some(Errno::INTR.raw_os_error()) => {}
             result => return result,
         }
     }
@@ -91,6 +99,7 @@ fn retry(mut read: impl FnMut() -> rustix::io::Result<usize>) -> rustix::io::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::area::Area;
     use std::io::Write;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
@@ -105,12 +114,17 @@ mod tests {
         theirs.write_all(b"cdefgh").expect("writes");
         let got = read_after(ours.as_fd(), &mut partial, &mut scratch[..4]).expect("reads");
         assert_eq!((got, &scratch[..4]), (Received::Bytes { count: 4, drained: false }, &b"abcd"[..]));
-        let mut payload = Vec::with_capacity(100);
-        payload.push(b'>');
-        let got = read_payload(ours.as_fd(), &mut payload, 3, &mut partial).expect("reads");
-        assert_eq!((got, &payload[..]), (Received::Bytes { count: 4, drained: false }, &b">efg"[..]));
-        assert_eq!(partial, b"h", "what was read too far is kept");
+        let area = Area::create(1 << 20).expect("creates");
+        let payload = area.take(4).expect("fits");
+        payload.write(0, b">");
+        let got = read_direct(ours.as_fd(), (&payload, 1), &mut scratch).expect("reads");
+        assert_eq!(got, (3, Received::Bytes { count: 1, drained: true }));
+        assert_eq!((&payload.to_vec()[..], scratch[0]), (&b">efg"[..], b'h'));
+        let got = read_direct(ours.as_fd(), (&payload, 1), &mut scratch).expect("reads");
+        assert_eq!(got, (0, Received::Nothing));
         drop(theirs);
         assert_eq!(read_after(ours.as_fd(), &mut partial, &mut scratch).expect("reads"), Received::Closed);
+        let got = read_direct(ours.as_fd(), (&payload, 0), &mut scratch).expect("reads");
+        assert_eq!(got, (0, Received::Closed));
     }
 }

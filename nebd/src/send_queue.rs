@@ -1,40 +1,33 @@
-//! Bytes on their way to one socket: small pieces are put together, large ones are shared, one writev sends many.
+//! Bytes on their way to one socket: small pieces are put together, data of requests stays where it is, one writev sends many.
 //!
 //! Called by `nbd::connection` and `link`. Must not know: what the bytes mean. The caller bounds it by looking at
 //! [`SendQueue::bytes`] (`bounded`).
 
-use rustix::io::Errno;
+use crate::area::Buffer;
+use crate::vectored::Outgoing;
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 
-/// Parts of buffers up to this size, bytes, are copied: cheaper than an iovec and a reference each.
-const COPY_MAX: usize = 16 << 10;
-/// A block of copied pieces is closed at this size, bytes, so that growing it stays cheap.
-const BLOCK_BYTES: usize = 256 << 10;
-/// Pieces of one writev.
-const PIECES_PER_CALL: usize = 64;
+/// Parts of buffers up to this size, bytes, are copied: that is cheaper than a page that is kept for them.
+const COPY_MAX: usize = 1 << 10;
+/// Memory of copied pieces that is kept to be used again, bytes.
+const KEPT_BYTES: usize = 256 << 10;
 
 #[derive(Debug)]
 enum Part {
-    Block(Vec<u8>),
-    Shared(Rc<Vec<u8>>, Range<usize>),
+    /// The next bytes of `own`.
+    Own(usize),
+    Shared(Rc<Buffer>, Range<usize>),
 }
 
 impl Part {
-    fn shared(&self) -> Option<&Rc<Vec<u8>>> {
+    fn shared(&self) -> Option<&Rc<Buffer>> {
         match self {
-            Self::Block(_) => None,
+            Self::Own(_) => None,
             Self::Shared(data, _) => Some(data),
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Block(block) => block,
-            Self::Shared(data, range) => &data[range.clone()],
         }
     }
 }
@@ -54,13 +47,12 @@ pub fn widen(socket: BorrowedFd<'_>) {
 #[derive(Debug, Default)]
 pub struct SendQueue {
     parts: VecDeque<Part>,
-    /// Bytes of the first part that are already sent.
-    head: usize,
+    /// Copied pieces, one behind the other; the first `own_sent` bytes are sent.
+    own: Vec<u8>,
+    own_sent: usize,
     bytes: usize,
     /// Memory of the parts, bytes: a shared buffer counts whole, once, until nothing of it is left to send.
     held: usize,
-    /// An emptied block, used again.
-    spare: Vec<u8>,
 }
 
 impl SendQueue {
@@ -81,37 +73,38 @@ impl SendQueue {
 
     /// Appends a copy of `data`.
     pub fn push(&mut self, data: &[u8]) {
-        if data.is_empty() {
-            return;
-        }
-        self.bytes += data.len();
-        self.held += data.len();
-        match self.parts.back_mut() {
-            Some(Part::Block(block)) if block.len() + data.len() <= BLOCK_BYTES => {
-                block.extend_from_slice(data)
-            }
-            _ => {
-                let mut block = std::mem::take(&mut self.spare);
-                block.extend_from_slice(data);
-                self.parts.push_back(Part::Block(block));
-            }
-        }
+        self.own.extend_from_slice(data);
+        self.pushed(data.len());
     }
 
     /// Appends a part of `data` without copying it, unless the buffer is small: copies of some parts beside a buffer that
     /// is kept for others would take up to twice its memory. Parts of one buffer follow each other.
-    pub fn push_shared(&mut self, data: &Rc<Vec<u8>>, range: Range<usize>) {
-        if data.len() <= COPY_MAX {
-            return self.push(&data[range]);
+    pub fn push_buffer(&mut self, data: &Rc<Buffer>, range: Range<usize>) {
+        if data.length() <= COPY_MAX {
+            let (at, length) = (self.own.len(), range.len());
+            self.own.resize(at + length, 0);
+            data.read(range.start, &mut self.own[at..]);
+            return self.pushed(length);
         }
         if range.is_empty() {
             return;
         }
         self.bytes += range.len();
         if !self.parts.iter().rev().find_map(Part::shared).is_some_and(|last| Rc::ptr_eq(last, data)) {
-            self.held += data.len();
+            self.held += data.held();
         }
         self.parts.push_back(Part::Shared(Rc::clone(data), range));
+    }
+
+    /// `length` bytes were appended to `own`.
+    fn pushed(&mut self, length: usize) {
+        self.bytes += length;
+        self.held += length;
+        match self.parts.back_mut() {
+            _ if length == 0 => {}
+            Some(Part::Own(last)) => *last += length,
+            _ => self.parts.push_back(Part::Own(length)),
+        }
     }
 
     /// Sends what the socket takes. Answers whether everything is sent.
@@ -120,39 +113,64 @@ impl SendQueue {
     /// Those of writev, but not `EAGAIN`: that is "not everything".
     pub fn write_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<bool> {
         while self.bytes > 0 {
-            let mut pieces = [IoSlice::new(&[]); PIECES_PER_CALL];
-            let mut count = 0;
-            for (piece, part) in pieces.iter_mut().zip(&self.parts) {
-                let skip = if count == 0 { self.head } else { 0 };
-                *piece = IoSlice::new(&part.bytes()[skip..]);
-                count += 1;
-            }
-            let offered: usize = pieces[..count].iter().map(|piece| piece.len()).sum();
-            match rustix::io::writev(socket, &pieces[..count]) {
+            let outgoing = self.gather();
+            let offered = outgoing.bytes();
+            match outgoing.send(socket) {
                 Ok(sent) => {
                     self.advance(sent);
                     if sent < offered {
                         return Ok(false);
                     }
                 }
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(true)
     }
 
+    /// What fits one call.
+    fn gather(&self) -> Outgoing<'_> {
+        let mut outgoing = Outgoing::new();
+        let mut own = &self.own[self.own_sent..];
+        for part in &self.parts {
+            let fitted = match part {
+                Part::Own(length) => {
+                    let (front, rest) = own.split_at(*length);
+                    own = rest;
+                    outgoing.push(front)
+                }
+                Part::Shared(data, range) => outgoing.push_buffer(data, range.clone()),
+            };
+            if !fitted {
+                break;
+            }
+        }
+        outgoing
+    }
+
     /// Gives memory back; what is not sent stays.
     pub fn shrink(&mut self) {
-        self.spare = Vec::new();
+        self.drop_sent();
+        self.own.shrink_to_fit();
         self.parts.shrink_to_fit();
     }
 
     /// Takes everything out, for tests of what would be sent.
     #[cfg(test)]
     pub fn take(&mut self) -> Vec<u8> {
-        let all = self.parts.iter().flat_map(|part| part.bytes()).copied().skip(self.head).collect();
+        let (mut all, mut own) = (Vec::new(), &self.own[self.own_sent..]);
+        for part in &self.parts {
+            match part {
+                Part::Own(length) => {
+                    let (front, rest) = own.split_at(*length);
+                    own = rest;
+                    all.extend_from_slice(front);
+                }
+                Part::Shared(data, range) => all.extend_from_slice(&data.to_vec()[range.clone()]),
+            }
+        }
         *self = Self::default();
         all
     }
@@ -160,29 +178,41 @@ impl SendQueue {
     fn advance(&mut self, mut sent: usize) {
         self.bytes -= sent;
         while let Some(part) = self.parts.front_mut() {
-            let left = part.bytes().len() - self.head;
-            if sent < left {
-                self.head += sent;
-                return;
-            }
-            sent -= left;
-            self.head = 0;
-            match self.parts.pop_front() {
-                Some(Part::Block(mut block)) => {
-                    self.held -= block.len();
-                    if self.spare.capacity() < block.capacity() {
-                        block.clear();
-                        self.spare = block;
-                    }
+            let left = match part {
+                Part::Own(length) => {
+                    let taken = sent.min(*length);
+                    (*length, self.own_sent, self.held) =
+                        (*length - taken, self.own_sent + taken, self.held - taken);
+                    sent -= taken;
+                    *length
                 }
-                Some(Part::Shared(data, _)) => {
-                    let next = self.parts.iter().find_map(Part::shared);
-                    if !next.is_some_and(|next| Rc::ptr_eq(next, &data)) {
-                        self.held -= data.len();
-                    }
+                Part::Shared(_, range) => {
+                    let taken = sent.min(range.len());
+                    (range.start, sent) = (range.start + taken, sent - taken);
+                    range.len()
                 }
-                None => {}
+            };
+            if left > 0 {
+                break;
             }
+            if let Some(Part::Shared(data, _)) = self.parts.pop_front() {
+                let next = self.parts.iter().find_map(Part::shared);
+                if !next.is_some_and(|next| Rc::ptr_eq(next, &data)) {
+                    self.held -= data.held();
+                }
+            }
+        }
+        // What is moved is never more than what was sent.
+        if self.own_sent >= self.own.len() / 2 {
+            self.drop_sent();
+        }
+    }
+
+    fn drop_sent(&mut self) {
+        self.own.drain(..self.own_sent);
+        self.own_sent = 0;
+        if self.own.is_empty() && self.own.capacity() > KEPT_BYTES {
+            self.own = Vec::new();
         }
     }
 }
@@ -190,21 +220,28 @@ impl SendQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::area::Area;
     use std::io::Read;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
+
+    fn buffer(length: usize) -> Rc<Buffer> {
+        let buffer = Area::create(64 << 20).expect("creates").take(length).expect("fits");
+        let bytes: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
+        buffer.write(0, &bytes);
+        Rc::new(buffer)
+    }
 
     #[test]
     fn a_buffer_is_held_until_nothing_of_it_is_left_to_send() {
         let (ours, mut theirs) = UnixStream::pair().expect("pair");
         ours.set_nonblocking(true).expect("nonblocking");
         let (mut queue, size) = (SendQueue::default(), 8 << 20);
-        let data = Rc::new(vec![7; size]);
+        let data = buffer(size);
         queue.push(b"head");
-        queue.push_shared(&data, 0..1 << 20);
+        queue.push_buffer(&data, 0..1 << 20);
         queue.push(b"hole");
-        queue.push_shared(&data, size - (1 << 20)..size);
-        drop(data);
+        queue.push_buffer(&data, size - (1 << 20)..size);
         assert_eq!((queue.bytes(), queue.held()), ((2 << 20) + 8, size + 8));
         let mut buffer = vec![0; 4096];
         while !queue.write_to(ours.as_fd()).expect("writes") {
@@ -212,33 +249,38 @@ mod tests {
             assert!(theirs.read(&mut buffer).expect("reads") > 0);
         }
         assert_eq!((queue.bytes(), queue.held()), (0, 0));
+        assert_eq!(Rc::strong_count(&data), 1);
     }
 
     #[test]
     fn many_parts_of_a_buffer_hold_it_once() {
         let mut queue = SendQueue::default();
-        let data = Rc::new(vec![7; 1 << 20]);
-        for start in (0..data.len()).step_by(20 << 10) {
-            queue.push_shared(&data, start..(start + (16 << 10)).min(data.len()));
+        let data = buffer(1 << 20);
+        for start in (0..data.length()).step_by(20 << 10) {
+            queue.push_buffer(&data, start..(start + (16 << 10)).min(data.length()));
         }
-        queue.push_shared(&data, 0..20 << 10);
-        assert_eq!(queue.held(), data.len());
-        let small = Rc::new(vec![7; COPY_MAX]);
-        queue.push_shared(&small, 0..1024);
-        assert_eq!(queue.held(), data.len() + 1024);
+        queue.push_buffer(&data, 0..20 << 10);
+        assert_eq!(queue.held(), data.length());
+        let small = buffer(COPY_MAX);
+        queue.push_buffer(&small, 0..100);
+        assert_eq!((queue.held(), Rc::strong_count(&small)), (data.length() + 100, 1));
     }
 
     #[test]
     fn everything_arrives_in_order_through_a_small_socket() {
         let (ours, mut theirs) = UnixStream::pair().expect("pair");
         ours.set_nonblocking(true).expect("nonblocking");
-        let large = Rc::new((0..1_000_000u32).map(|i| (i % 251) as u8).collect::<Vec<u8>>());
+        let (large, small) = (buffer(1_000_000), buffer(700));
+        let bytes = large.to_vec();
         let (mut queue, mut expected) = (SendQueue::default(), Vec::new());
-        for round in 0..5usize {
+        for round in 0..200usize {
             queue.push(&[round as u8; 100]);
             expected.extend_from_slice(&[round as u8; 100]);
-            queue.push_shared(&large, round..large.len() - round);
-            expected.extend_from_slice(&large[round..large.len() - round]);
+            let part = if round < 5 { round..bytes.len() - round } else { round..round + 5000 };
+            queue.push_buffer(&large, part.clone());
+            expected.extend_from_slice(&bytes[part]);
+            queue.push_buffer(&small, 3..700);
+            expected.extend_from_slice(&bytes[3..700]);
         }
         assert_eq!(queue.bytes(), expected.len());
         let (mut got, mut buffer) = (Vec::new(), vec![0; 70_000]);
@@ -247,7 +289,7 @@ mod tests {
             let read = theirs.read(&mut buffer).expect("reads");
             got.extend_from_slice(&buffer[..read]);
         }
-        assert!(got == expected && queue.is_empty());
+        assert!(got == expected && queue.is_empty() && queue.held() == 0);
         assert!(queue.write_to(ours.as_fd()).expect("writes nothing"));
         drop(theirs);
         queue.push(b"x");

@@ -10,9 +10,10 @@
 use crate::budget::{CLIENT_BYTES, SHARE_BYTES};
 use crate::nbd::errno::nbd_error;
 use crate::nbd::handshake::{Handshake, Step};
+use crate::nbd::protocol::REQUEST_BYTES;
 use crate::nbd::reply;
 use crate::nbd::transmission::{Event, Incoming, Room, Ticket, Transmission};
-use crate::receive::{READS_PER_TURN, Received, read_after, read_payload};
+use crate::receive::{DIRECT_MIN, READS_PER_TURN, Received, read_after, read_direct};
 use crate::send_queue::SendQueue;
 use crate::volume::{Answer, Asked, Origin, Volume};
 use rustix::event::epoll::EventFlags;
@@ -27,6 +28,9 @@ use thiserror::Error;
 pub const REQUESTS_MAX: usize = 512;
 /// Unsent bytes of replies past which a client's requests are not read.
 pub const UNSENT_MAX: usize = 4 << 20;
+/// Bytes of the shared buffer that are offered to a client which sends large writes: more than a header would only be data that
+/// is copied instead of being read to where it stays.
+const SCRATCH_OF_LARGE: usize = 4 << 10;
 
 /// Names a connection; never reused.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -58,6 +62,8 @@ pub struct Connection {
     /// Bytes that came and were not taken: less than one message, or what waits while stalled.
     partial: Vec<u8>,
     out: SendQueue,
+    /// Its last write was a large one.
+    is_large: bool,
     open: usize,
     open_bytes: u64,
     /// A request that the volume had no room for.
@@ -88,6 +94,7 @@ impl Connection {
             phase: Phase::Handshake { machine, deadline },
             partial: Vec::new(),
             out,
+            is_large: false,
             open: 0,
             open_bytes: 0,
             parked: None,
@@ -174,17 +181,21 @@ impl Connection {
             if self.stalled || self.ending {
                 return Ok(());
             }
-            let payload = match &mut self.phase {
+            let offered = if self.is_large { SCRATCH_OF_LARGE.min(scratch.len()) } else { scratch.len() };
+            // What is left over comes first: behind it nothing can be read straight to its place.
+            let payload = match &self.phase {
                 Phase::Transmission(machine) if self.partial.is_empty() => machine.payload(),
                 _ => None,
             };
-            let direct = payload.is_some();
-            let received = match payload {
-                Some((payload, missing)) => {
-                    read_payload(self.socket.as_fd(), payload, missing, &mut self.partial)?
-                }
-                None => read_after(self.socket.as_fd(), &mut self.partial, scratch)?,
-            };
+            let socket = self.socket.as_fd();
+            let (direct, received) =
+                match payload.filter(|(payload, have)| payload.length() - have >= DIRECT_MIN) {
+                    Some(payload) => read_direct(socket, payload, &mut scratch[..offered])?,
+                    None => {
+                        let offered = offered.max(self.partial.len() + REQUEST_BYTES).min(scratch.len());
+                        (0, read_after(socket, &mut self.partial, &mut scratch[..offered])?)
+                    }
+                };
             let drained = match received {
                 Received::Nothing => return Ok(()),
                 Received::Closed => {
@@ -193,9 +204,10 @@ impl Connection {
                 }
                 Received::Bytes { count, drained } => {
                     self.is_active(volume.now);
-                    // A direct read leaves its bytes in the payload; what it read too far is in `left`.
-                    let left = std::mem::take(&mut self.partial);
-                    self.take(volume, if direct { &left } else { &scratch[..count] })?;
+                    if let Phase::Transmission(machine) = &mut self.phase {
+                        machine.filled(direct);
+                    }
+                    self.take(volume, &scratch[..count])?;
                     drained
                 }
             };
@@ -251,7 +263,7 @@ impl Connection {
     }
 
     /// Answers a request that this connection submitted.
-    pub fn answer(&mut self, ticket: &Ticket, result: Result<Answer<'_>, Fault>, now: Instant) {
+    pub fn answer(&mut self, ticket: &Ticket, result: Result<Answer, Fault>, now: Instant) {
         self.close(ticket);
         if self.out.is_empty() {
             self.is_active(now);
@@ -355,7 +367,8 @@ impl Connection {
         let held = self.held();
         // What its own limits leave, and what the budget of all does.
         let (own, common) = (CLIENT_BYTES.saturating_sub(held), volume.budget.room(self.id, held));
-        let room = Room { requests: REQUESTS_MAX - self.open, bytes: own.min(common) };
+        let bytes = own.min(common);
+        let room = Room { requests: REQUESTS_MAX - self.open, bytes, area: &volume.area };
         let Phase::Transmission(machine) = &mut self.phase else { return Ok((0, false)) };
         let (taken, event) = machine.advance(input, &volume.export, room);
         match event {
@@ -378,12 +391,14 @@ impl Connection {
             Event::Request(incoming) => {
                 self.open += 1;
                 self.open_bytes += incoming.ticket.holds();
+                if incoming.ticket.op == BlockOp::Write {
+                    self.is_large = incoming.ticket.data_bytes() >= DIRECT_MIN as u64;
+                }
                 volume.budget.took(held, self.held());
                 self.submit(volume, incoming);
             }
             Event::Nothing(ticket) if ticket.op == BlockOp::Read => {
-                let nothing = crate::volume::ReadData::Slice(&[]);
-                reply::data(&mut self.out, machine.agreed().structured, &ticket, &nothing);
+                reply::nothing(&mut self.out, machine.agreed().structured, ticket.cookie);
             }
             Event::Nothing(ticket) => reply::done(&mut self.out, ticket.cookie),
             Event::Refused(refused) => {
@@ -401,7 +416,7 @@ impl Connection {
 
     /// Hands a request to the volume, or parks it until there is room.
     fn submit(&mut self, volume: &mut Volume, incoming: Incoming) {
-        let Incoming { ticket, fua, payload } = incoming;
+        let Incoming { ticket, fua, data } = incoming;
         if self.fenced {
             volume.budget.unpark(self.id);
             volume.metrics.refused(Fault::Fenced);
@@ -409,13 +424,13 @@ impl Connection {
         }
         if !volume.budget.may_enter(self.id) || !volume.inflight.has_room(ticket.op, ticket.range) {
             volume.budget.park(self.id);
-            self.parked = Some(Incoming { ticket, fua, payload });
+            self.parked = Some(Incoming { ticket, fua, data });
             self.stalled = true;
             return;
         }
         volume.budget.unpark(self.id);
         let origin = Origin { connection: self.id, ticket };
-        let asked = Asked { origin, payload: Rc::new(payload) };
+        let asked = Asked { origin, data: data.map(Rc::new) };
         volume.inflight.admit((ticket.op, ticket.range, fua), asked, volume.now);
     }
 }

@@ -4,14 +4,15 @@
 //! for structured replies every read and every error is structured; other successes stay simple, as the
 //! specification allows.
 
+use crate::area::Buffer;
 use crate::nbd::errno::NbdError;
 use crate::nbd::handshake::ALLOCATION_CONTEXT;
 use crate::nbd::protocol::*;
 use crate::nbd::transmission::{STATUS_BYTES_MAX, Ticket};
 use crate::send_queue::SendQueue;
-use crate::volume::ReadData;
 use spline_types::Extent;
 use std::ops::Range;
+use std::rc::Rc;
 
 /// Zeros are looked for in blocks of this many bytes of the volume; shorter runs are sent as data.
 const ZERO_BLOCK: u64 = 4096;
@@ -52,24 +53,29 @@ pub fn failed(
     out.push(&payload);
 }
 
-/// A successful read of `data`, which is as long as the ticket's range.
-pub fn data(out: &mut SendQueue, structured: bool, ticket: &Ticket, data: &ReadData<'_>) {
-    let bytes = data.bytes();
+/// A successful read of nothing.
+pub fn nothing(out: &mut SendQueue, structured: bool, cookie: u64) {
+    match structured {
+        true => chunk(out, cookie, REPLY_TYPE_NONE, true, 0),
+        false => simple(out, cookie, 0),
+    }
+}
+
+/// A successful read of `data`, which is as long as the ticket's range, and not empty. The gateway may still change it: what
+/// is found out about it decides how it is sent, and nothing else.
+pub fn data(out: &mut SendQueue, structured: bool, ticket: &Ticket, data: &Rc<Buffer>) {
     if !structured {
         simple(out, ticket.cookie, 0);
-        return push(out, data, 0..bytes.len());
+        return out.push_buffer(data, 0..data.length());
     }
     let offset = ticket.range.offset();
-    if bytes.is_empty() {
-        return chunk(out, ticket.cookie, REPLY_TYPE_NONE, true, 0);
-    }
     if ticket.one_chunk {
-        return data_chunk(out, (ticket.cookie, offset, true), data, 0..bytes.len());
+        return data_chunk(out, (ticket.cookie, offset, true), data, 0..data.length());
     }
     let mut at = 0;
-    while at < bytes.len() {
-        let (zero, end) = run(bytes, at, offset);
-        let (place, last) = (offset + at as u64, end == bytes.len());
+    while at < data.length() {
+        let (zero, end) = run(data, at, offset);
+        let (place, last) = (offset + at as u64, end == data.length());
         if zero {
             chunk(out, ticket.cookie, REPLY_TYPE_OFFSET_HOLE, last, 12);
             out.push(&place.to_be_bytes());
@@ -120,32 +126,25 @@ fn chunk(out: &mut SendQueue, cookie: u64, kind: u16, last: bool, length: usize)
 fn data_chunk(
     out: &mut SendQueue,
     (cookie, offset, last): (u64, u64, bool),
-    data: &ReadData<'_>,
+    data: &Rc<Buffer>,
     part: Range<usize>,
 ) {
     chunk(out, cookie, REPLY_TYPE_OFFSET_DATA, last, 8 + part.len());
     out.push(&offset.to_be_bytes());
-    push(out, data, part);
-}
-
-fn push(out: &mut SendQueue, data: &ReadData<'_>, part: Range<usize>) {
-    match data {
-        ReadData::Slice(bytes) => out.push(&bytes[part]),
-        ReadData::Shared(bytes) => out.push_shared(bytes, part),
-    }
+    out.push_buffer(data, part);
 }
 
 /// The longest run of whole zero blocks, or of anything else, that starts at `at` of data read from `offset`.
 /// Answers whether it is zero, and its end.
-fn run(data: &[u8], at: usize, offset: u64) -> (bool, usize) {
+fn run(data: &Buffer, at: usize, offset: u64) -> (bool, usize) {
     let next = |at: usize| {
         let to_boundary = ZERO_BLOCK - (offset + at as u64) % ZERO_BLOCK;
-        data.len().min(at + to_boundary as usize)
+        data.length().min(at + to_boundary as usize)
     };
-    let zero_block = |from: usize, to: usize| to - from == ZERO_BLOCK as usize && is_zero(&data[from..to]);
+    let zero_block = |from: usize, to: usize| to - from == ZERO_BLOCK as usize && is_zero(data, from);
     let mut end = next(at);
     let zero = zero_block(at, end);
-    while end < data.len() {
+    while end < data.length() {
         let following = next(end);
         if zero_block(end, following) != zero {
             break;
@@ -155,10 +154,16 @@ fn run(data: &[u8], at: usize, offset: u64) -> (bool, usize) {
     (zero, end)
 }
 
-/// Stops at the first byte that is not zero, so it costs next to nothing on data that is not zero.
-fn is_zero(block: &[u8]) -> bool {
-    block.iter().take(16).all(|byte| *byte == 0)
-        && block.chunks(256).all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
+/// Whether the block at `at` is zero. Looks at its first bytes first, so it costs next to nothing on data that is not zero.
+fn is_zero(data: &Buffer, at: usize) -> bool {
+    let mut first = [0; 16];
+    data.read(at, &mut first);
+    if first != [0; 16] {
+        return false;
+    }
+    let mut block = [0; ZERO_BLOCK as usize];
+    data.read(at, &mut block);
+    block.chunks(256).all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 #[cfg(test)]

@@ -2,15 +2,17 @@
 //!
 //! Called by `connection`. Must not know: sockets, the link, replies' encoding. Each request is parsed once and checked
 //! against the export here; what comes out is a request that the gateway may get, or a refusal.
-//! `guest_cannot_crash_us`: no length is believed before it is checked. `bounded`: a payload's buffer is allocated only
-//! within the connection's [`Room`].
+//! `guest_cannot_crash_us`: no length is believed before it is checked. `bounded`: a request's buffer is taken only within the
+//! connection's [`Room`].
 
+use crate::area::{Area, Buffer, page_bytes};
 use crate::export::Export;
 use crate::nbd::errno::{NbdError, nbd_error};
 use crate::nbd::protocol::*;
 use spline_types::limits::REQUEST_BYTES_MAX;
 use spline_types::{BlockOp, ByteRange, Fault, Invalid};
 use std::fmt;
+use std::rc::Rc;
 
 /// Longest payload of a refused write that is read and thrown away, bytes; more cuts the connection.
 pub const DRAIN_MAX: u32 = 2 * REQUEST_BYTES_MAX;
@@ -41,17 +43,22 @@ pub struct Ticket {
     pub one_extent: bool,
 }
 
-/// What the answer to a status may take, bytes.
-pub const STATUS_BYTES_MAX: u64 = 40 << 10;
+/// What the gateway's answer to a status may take, and what the client's does, bytes.
+pub const STATUS_BYTES_MAX: u64 = 96 << 10;
 
 impl Ticket {
-    /// Most bytes that the request and its answer hold, small change left out.
-    pub fn holds(&self) -> u64 {
+    /// Bytes of the buffer in which the request's data lies, or comes to lie.
+    pub fn data_bytes(&self) -> u64 {
         match self.op {
             BlockOp::Status => STATUS_BYTES_MAX,
             op if op.carries_data() => self.range.length(),
             _ => 0,
         }
+    }
+
+    /// Most bytes of memory that the request and its answer hold, small change left out.
+    pub fn holds(&self) -> u64 {
+        page_bytes(self.data_bytes())
     }
 }
 
@@ -62,8 +69,8 @@ pub struct Incoming {
     pub ticket: Ticket,
     /// Durable before it is answered.
     pub fua: bool,
-    /// A write's data, exactly as long as its range.
-    pub payload: Vec<u8>,
+    /// A write's data, or room for what a read or a status brings: [`Ticket::data_bytes`]. `None` for other requests.
+    pub data: Option<Buffer>,
 }
 
 /// A request that is answered with an error at once.
@@ -78,12 +85,14 @@ pub struct Refused {
 }
 
 /// How much the connection may still take in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Room {
+#[derive(Clone, Copy, Debug)]
+pub struct Room<'a> {
     /// Requests.
     pub requests: usize,
     /// What requests and their answers hold, bytes.
     pub bytes: u64,
+    /// Where their data lies.
+    pub area: &'a Rc<Area>,
 }
 
 /// What the bytes so far lead to.
@@ -126,8 +135,15 @@ impl fmt::Display for Violation {
 #[derive(Debug)]
 enum State {
     Header,
-    Payload(Incoming),
-    Drain { refused: Refused, left: u32 },
+    /// A write of whose data the first `have` bytes are there.
+    Payload {
+        incoming: Incoming,
+        have: usize,
+    },
+    Drain {
+        refused: Refused,
+        left: u32,
+    },
 }
 
 /// The state machine of one connection's requests.
@@ -158,12 +174,16 @@ impl Transmission {
     }
 
     /// Takes at most one request from `input`. Answers how many bytes it took, and where that leads.
-    pub fn advance(&mut self, input: &[u8], export: &Export, room: Room) -> (usize, Event) {
+    pub fn advance(&mut self, input: &[u8], export: &Export, room: Room<'_>) -> (usize, Event) {
         match &mut self.state {
             State::Header => self.header(input, export, room),
-            State::Payload(incoming) => {
-                let taken = input.len().min(missing(incoming));
-                incoming.payload.extend_from_slice(&input[..taken]);
+            State::Payload { incoming, have } => {
+                let mut taken = 0;
+                if let Some(data) = &incoming.data {
+                    taken = input.len().min(data.length() - *have);
+                    data.write(*have, &input[..taken]);
+                    *have += taken;
+                }
                 (taken, self.finish())
             }
             State::Drain { refused, left } => {
@@ -179,28 +199,34 @@ impl Transmission {
         }
     }
 
-    /// The buffer of a write whose data is still coming, to be read into directly, and how many bytes it misses.
-    pub fn payload(&mut self) -> Option<(&mut Vec<u8>, usize)> {
-        match &mut self.state {
-            State::Payload(incoming) => {
-                let missing = missing(incoming);
-                Some((&mut incoming.payload, missing))
-            }
+    /// The buffer of a write whose data is still coming, to be read into directly, and how many bytes of it are there.
+    pub fn payload(&self) -> Option<(&Buffer, usize)> {
+        match &self.state {
+            State::Payload { incoming, have } => incoming.data.as_ref().map(|data| (data, *have)),
             _ => None,
         }
     }
 
-    /// Bytes of the write whose data is still coming.
+    /// `count` more bytes were put into the [`payload`](Self::payload).
+    pub fn filled(&mut self, count: usize) {
+        if let State::Payload { have, .. } = &mut self.state {
+            *have += count;
+        }
+    }
+
+    /// Bytes of memory of the write whose data is still coming.
     pub fn coming(&self) -> u64 {
         match &self.state {
-            State::Payload(incoming) => incoming.ticket.holds(),
+            State::Payload { incoming, .. } => incoming.ticket.holds(),
             State::Header | State::Drain { .. } => 0,
         }
     }
 
     fn finish(&mut self) -> Event {
         match std::mem::replace(&mut self.state, State::Header) {
-            State::Payload(incoming) if missing(&incoming) == 0 => Event::Request(incoming),
+            State::Payload { incoming, have } if have == incoming.data.as_ref().map_or(0, Buffer::length) => {
+                Event::Request(incoming)
+            }
             unfinished => {
                 self.state = unfinished;
                 Event::NeedMore
@@ -208,7 +234,7 @@ impl Transmission {
         }
     }
 
-    fn header(&mut self, input: &[u8], export: &Export, room: Room) -> (usize, Event) {
+    fn header(&mut self, input: &[u8], export: &Export, room: Room<'_>) -> (usize, Event) {
         let Some(head) = input.first_chunk::<REQUEST_BYTES>() else { return (0, Event::NeedMore) };
         let raw = match Raw::parse(head) {
             Ok(raw) => raw,
@@ -233,14 +259,19 @@ impl Transmission {
                 if room.requests == 0 || ticket.holds() > room.bytes {
                     return (0, Event::Full);
                 }
-                let wanted = if ticket.op == BlockOp::Write { ticket.range.length() as usize } else { 0 };
-                let incoming = Incoming { ticket, fua, payload: Vec::with_capacity(wanted) };
-                self.state = State::Payload(incoming);
-                let (taken, event) = if wanted == 0 {
-                    (0, self.finish())
-                } else {
-                    self.advance(&input[REQUEST_BYTES..], export, room)
+                let data = match ticket.data_bytes() {
+                    0 => None,
+                    bytes => match room.area.take(bytes as usize) {
+                        Some(data) => Some(data),
+                        None => return (0, Event::Full),
+                    },
                 };
+                let incoming = Incoming { ticket, fua, data };
+                if ticket.op != BlockOp::Write {
+                    return (REQUEST_BYTES, Event::Request(incoming));
+                }
+                self.state = State::Payload { incoming, have: 0 };
+                let (taken, event) = self.advance(&input[REQUEST_BYTES..], export, room);
                 (REQUEST_BYTES + taken, event)
             }
         }
@@ -300,13 +331,6 @@ impl Transmission {
             one_extent: raw.flags & CMD_FLAG_REQ_ONE != 0,
         };
         Ok((ticket, op.modifies() && raw.flags & CMD_FLAG_FUA != 0))
-    }
-}
-
-fn missing(incoming: &Incoming) -> usize {
-    match incoming.ticket.op {
-        BlockOp::Write => incoming.ticket.range.length() as usize - incoming.payload.len(),
-        _ => 0,
     }
 }
 

@@ -9,7 +9,6 @@
 
 pub mod dirty_log;
 mod guard;
-pub mod io;
 pub mod mapping;
 pub mod ring;
 

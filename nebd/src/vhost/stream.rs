@@ -4,11 +4,11 @@
 //! the socket into its memory; nebd keeps no copy, so a replay sends what the guest's memory holds by then. Must not know:
 //! rings. `complete_once`: an answer that fits no request that was sent whole cuts the link.
 
-use super::memory::io::{Incoming, Outgoing};
 use super::memory::{GuestMemory, Segment};
 use crate::inflight::{Entry, Inflight, Outcome};
 use crate::link::{Link, LinkDown, not_ours};
 use crate::receive::{READS_PER_TURN, Received, read_after};
+use crate::vectored::{Incoming, Outgoing};
 use spline_link::{HEADER_BYTES, Header, Message};
 use spline_types::{BlockOp, Completion, Fault, RequestId, Unavailable};
 use std::collections::VecDeque;

@@ -21,6 +21,47 @@ impl Client {
         client
     }
 
+    /// Connects and enters the transmission phase with structured replies.
+    #[allow(dead_code, reason = "not every test that shares this file needs it")]
+    pub(crate) fn connect_structured(path: &Path) -> Self {
+        let mut client = Self::knock(path);
+        client.stream.write_all(&3u32.to_be_bytes()).expect("writes");
+        client.stream.write_all(b"IHAVEOPT\0\0\0\x08\0\0\0\0IHAVEOPT\0\0\0\x01\0\0\0\0").expect("writes");
+        // The acknowledgement of the first option, then size and flags.
+        client.data(20 + 10);
+        client
+    }
+
+    /// Takes one structured reply to a read; answers how many bytes its chunks cover.
+    #[allow(dead_code, reason = "not every test that shares this file needs it")]
+    pub(crate) fn chunks(&mut self, cookie: u64) -> usize {
+        let mut covered = 0;
+        loop {
+            let head = self.data(20);
+            assert_eq!(head[..4], STRUCTURED_REPLY_MAGIC.to_be_bytes());
+            assert_eq!(head[8..16], cookie.to_be_bytes());
+            let length = u32::from_be_bytes(head[16..].try_into().expect("four bytes")) as usize;
+            let payload = self.data(length);
+            match u16::from_be_bytes([head[6], head[7]]) {
+                REPLY_TYPE_OFFSET_DATA => covered += length - 8,
+                REPLY_TYPE_OFFSET_HOLE => {
+                    covered += u32::from_be_bytes(payload[8..].try_into().expect("four bytes")) as usize;
+                }
+                other => panic!("chunk of type {other}"),
+            }
+            if head[5] == REPLY_FLAG_DONE as u8 {
+                return covered;
+            }
+        }
+    }
+
+    /// The next bytes.
+    pub(crate) fn data(&mut self, length: usize) -> Vec<u8> {
+        let mut data = vec![0; length];
+        self.stream.read_exact(&mut data).expect("data comes");
+        data
+    }
+
     /// Connects and reads the greeting.
     pub(crate) fn knock(path: &Path) -> Self {
         let mut stream = UnixStream::connect(path).expect("connects");
@@ -53,9 +94,7 @@ impl Client {
     pub(crate) fn read(&mut self, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
         self.send(CMD_READ, cookie, offset, length);
         assert_eq!(self.reply(), (cookie, 0));
-        let mut data = vec![0; length as usize];
-        self.stream.read_exact(&mut data).expect("data comes");
-        data
+        self.data(length as usize)
     }
 
     /// Waits until the server closes, and answers how many bytes came before.

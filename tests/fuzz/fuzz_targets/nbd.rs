@@ -14,10 +14,10 @@ use replies::{Expected, Replies};
 use spline_nebd::budget::Budget;
 use spline_nebd::export::Export;
 use spline_nebd::inflight::{Inflight, Limits, Outcome};
-use spline_nebd::metrics::Metrics;
+use spline_nebd::metrics::Families;
 use spline_nebd::nbd::connection::{Connection, ConnectionId, Cut};
 use spline_nebd::receive::SCRATCH_BYTES;
-use spline_nebd::volume::{Answer, Origin, ReadData, Volume};
+use spline_nebd::volume::{Answer, Origin, Volume, area_for};
 use spline_types::{BlockOp, BlockRequest, BlockSize, Completion, Extent, Fault, Geometry};
 use std::cell::RefCell;
 use std::io::{ErrorKind, Read, Write};
@@ -48,8 +48,9 @@ fn volume() -> Volume {
         },
         inflight: Inflight::new(LIMITS),
         budget: Budget::default(),
+        area: area_for(1).expect("memory"),
         lost: false,
-        metrics: Metrics::new(&mut Registry::default()),
+        metrics: Families::new(&mut Registry::default()).of("disk0", "nbd"),
         now: Instant::now(),
     }
 }
@@ -152,7 +153,8 @@ impl Session<'_> {
     fn answer(&mut self) -> Vec<Expected> {
         let mut requests: Vec<BlockRequest> = Vec::new();
         while let Some(entry) = self.volume.inflight.next_to_send(LIMITS) {
-            check(&entry.request, entry.payload.len());
+            let data = entry.context.data.as_ref().map_or(0, |data| data.length());
+            check(&entry.request, data);
             requests.push(entry.request);
         }
         let mut expected = Vec::new();
@@ -161,7 +163,7 @@ impl Session<'_> {
             else {
                 panic!("a sent request is answered once");
             };
-            let Origin { ticket, .. } = entry.context;
+            let Origin { ticket, .. } = entry.context.origin;
             assert_eq!((ticket.op, ticket.range), (request.op, request.range));
             let length = request.range.length();
             let fails = request.id.get() % 5 == 0 || (request.op == BlockOp::Read && length > DATA_MAX);
@@ -172,7 +174,11 @@ impl Session<'_> {
             ];
             let result = match request.op {
                 _ if fails => Err(Fault::NoSpace),
-                BlockOp::Read => Ok(Answer::Data(ReadData::Slice(&data))),
+                BlockOp::Read => {
+                    let room = entry.context.data.expect("a read has room for its data");
+                    room.write(0, &data);
+                    Ok(Answer::Data(room))
+                }
                 BlockOp::Status => Ok(Answer::Extents(extents(length))),
                 _ => Ok(Answer::Done),
             };
@@ -200,11 +206,11 @@ impl Session<'_> {
 }
 
 /// What the gateway may rely upon.
-fn check(request: &BlockRequest, payload: usize) {
+fn check(request: &BlockRequest, room: usize) {
     assert!(request.range.end() <= SIZE, "{request:?}");
     let data = if request.op.carries_data() { request.range.length() } else { 0 };
     assert!(data <= 32 << 20, "{request:?}");
-    assert_eq!(payload as u64, if request.op == BlockOp::Write { data } else { 0 }, "{request:?}");
+    assert!(request.op == BlockOp::Status || room as u64 == data, "{request:?}");
     assert!(!request.fua || request.op.modifies(), "{request:?}");
     assert!(request.range.is_empty() == (request.op == BlockOp::Flush), "{request:?}");
 }

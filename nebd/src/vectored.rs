@@ -1,11 +1,14 @@
-//! Socket calls over memory of our own and of the guest's, in one go.
+//! Socket calls over memory of our own and memory that is shared with others, in one go.
 //!
-//! Called by `vhost::stream`. The guest may change its memory at any time: the kernel copies whatever is there, and no
-//! reference to it is ever made here.
+//! Called by `vhost::stream`, `send_queue` and `receive`. A guest may change its memory at any time, and the gateway an
+//! [`area`](crate::area): the kernel copies whatever is there, and no reference to it is ever made here. One of the few places with
+//! `unsafe`.
 
-use super::{GuestMemory, Segment};
+use crate::area::Buffer;
+use crate::vhost::memory::{GuestMemory, Segment};
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Pieces of one call: well below the kernel's limit of 1024, and 2 KiB of stack.
@@ -48,6 +51,10 @@ impl<'a> Pieces<'a> {
         let piece = memory.iovec(segment);
         self.push(piece.iov_base.cast(), piece.iov_len)
     }
+
+    fn push_buffer(&mut self, buffer: &'a Buffer, part: Range<usize>) -> bool {
+        buffer.pointers(part).all(|(start, length)| self.push(start, length))
+    }
 }
 
 /// What is to be sent.
@@ -69,6 +76,11 @@ impl<'a> Outgoing<'a> {
         self.0.push_segment(memory, segment)
     }
 
+    /// Appends bytes of a buffer; false if there was no room for all of them.
+    pub fn push_buffer(&mut self, buffer: &'a Buffer, part: Range<usize>) -> bool {
+        self.0.push_buffer(buffer, part)
+    }
+
     /// Bytes in all.
     pub fn bytes(&self) -> usize {
         self.0.bytes
@@ -79,7 +91,7 @@ impl<'a> Outgoing<'a> {
     /// # Errors
     /// Those of writev; `EFAULT` if guest memory vanished.
     pub fn send(&self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: each piece is borrowed for 'a, ours or mapped by a borrowed GuestMemory; writev only reads them.
+        // SAFETY: each piece is borrowed for 'a, ours or mapped by a borrowed GuestMemory or Buffer; writev only reads them.
         let sent = unsafe { libc::writev(socket.as_raw_fd(), self.0.list.as_ptr(), self.0.count as i32) };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
@@ -104,6 +116,11 @@ impl<'a> Incoming<'a> {
         self.0.push_segment(memory, segment)
     }
 
+    /// Appends room of a buffer; false if there was no room for all of it.
+    pub fn push_buffer(&mut self, buffer: &'a Buffer, part: Range<usize>) -> bool {
+        self.0.push_buffer(buffer, part)
+    }
+
     /// Bytes in all.
     pub fn bytes(&self) -> usize {
         self.0.bytes
@@ -114,7 +131,7 @@ impl<'a> Incoming<'a> {
     /// # Errors
     /// Those of readv; `EFAULT` if guest memory vanished.
     pub fn receive(self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: each piece is borrowed mutably for 'a, or mapped writable by a borrowed GuestMemory, to which no
+        // SAFETY: each piece is borrowed mutably for 'a, or mapped writable by a borrowed GuestMemory or Buffer, to which no
         // references exist; readv writes no more than their lengths.
         let got = unsafe { libc::readv(socket.as_raw_fd(), self.0.list.as_ptr(), self.0.count as i32) };
         usize::try_from(got).map_err(|_| io::Error::last_os_error())
