@@ -9,6 +9,8 @@ use std::path::PathBuf;
 
 /// Where a gateway listens for links unless told otherwise.
 const GATEWAY_SOCKET: &str = "/run/spline/gateway.sock";
+/// Where a gateway's administration listens unless told otherwise.
+const GATEWAY_ADMIN: &str = "127.0.0.1:6710";
 /// Where processes leave their status files unless told otherwise.
 const RUNTIME_DIR: &str = "/run/spline";
 
@@ -61,6 +63,9 @@ pub enum Command {
     /// Look at the cluster
     #[command(subcommand, after_help = "Example:\n  spline cluster status")]
     Cluster(Cluster),
+    /// Look at this host's gateway, replace it by another version
+    #[command(subcommand, after_help = "Example:\n  spline gateway status")]
+    Gateway(Gateway),
     /// Run a whole cluster in one process, with one volume exported over NBD, until Ctrl-C
     #[command(
         after_help = "Examples:\n  spline dev                 data stays in ./.dev\n  spline dev --check         write, read back, verify through NBD, then stop"
@@ -276,6 +281,40 @@ pub enum Cluster {
         #[arg(long)]
         copysets: bool,
     },
+}
+
+/// Commands on a gateway.
+#[derive(Subcommand, Debug)]
+pub enum Gateway {
+    /// Show the gateway's version, and the volumes that it serves
+    #[command(after_help = "Examples:\n  spline gateway status\n  spline gateway status --json")]
+    Status {
+        /// Where to ask.
+        #[command(flatten)]
+        at: GatewayAddress,
+    },
+    /// Replace the running gateway by a new process, which takes its volumes over; guests see a pause of milliseconds. If the
+    /// new one can not serve, the old one goes on, and the command fails with the reason
+    #[command(
+        after_help = "Examples:\n  spline gateway upgrade                 the file at the path by which the gateway was started\n  spline gateway upgrade --binary /usr/lib/spline-0.2/spline-gateway"
+    )]
+    Upgrade {
+        /// The new binary; it must be root's or the gateway's own, and so must its directories (default: the path by which the
+        /// running gateway was started)
+        #[arg(long, value_name = "PATH")]
+        binary: Option<PathBuf>,
+        /// Where to ask.
+        #[command(flatten)]
+        at: GatewayAddress,
+    },
+}
+
+/// Where a gateway's administration listens.
+#[derive(Args, Debug)]
+pub struct GatewayAddress {
+    /// Address of the gateway's administration service (its admin_listen)
+    #[arg(long, env = "SPLINE_GATEWAY_ADMIN", default_value = GATEWAY_ADMIN, value_name = "HOST:PORT")]
+    pub admin: String,
 }
 
 /// How to run the cluster to try.

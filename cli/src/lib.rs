@@ -4,12 +4,13 @@
 //! the other processes (for `dev` only). Must never know: the data plane, raft, formats on disk.
 //!
 //! Modules in the order in which a command meets them: [`args`] → [`volume`], [`nbd`], [`vhost`], [`cluster`],
-//! [`dev`] → [`mds`], [`export`], [`nebd`], [`nbd_client`] → [`output`].
+//! [`gateway`], [`dev`] → [`mds`], [`export`], [`nebd`], [`nbd_client`] → [`output`].
 
 pub mod args;
 pub mod cluster;
 pub mod dev;
 pub mod export;
+pub mod gateway;
 pub mod mds;
 pub mod nbd;
 pub mod nbd_client;
@@ -40,6 +41,7 @@ fn run(cli: args::Cli, output: Output) -> anyhow::Result<()> {
     match cli.command {
         args::Command::Volume(command) => block_on(volume::run(command, &cli.global.mds, output)),
         args::Command::Cluster(command) => block_on(cluster::run(command, &cli.global.mds, output)),
+        args::Command::Gateway(command) => block_on(gateway::run(command, output)),
         args::Command::Nbd(command) => nbd::run(command, output),
         args::Command::Vhost(command) => vhost::run(command, output),
         args::Command::Dev(wanted) => dev::run(&wanted, output),

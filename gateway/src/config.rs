@@ -16,6 +16,8 @@ const INFLIGHT_REQUESTS_MAX: usize = 65_536;
 const INFLIGHT_BYTES_MAX: u64 = 4 << 30;
 /// Longest drain: a supervisor has killed the process long before.
 const DRAIN_LIMIT_MAX: Duration = Duration::from_mins(10);
+/// Longest time for each part of an upgrade: meanwhile no volume can be opened or closed.
+const UPGRADE_LIMIT_MAX: Duration = Duration::from_mins(5);
 /// Longest time for which a session outlives its last link: it keeps others from opening the volume.
 const SESSION_GRACE_MAX: Duration = Duration::from_hours(1);
 
@@ -54,6 +56,10 @@ pub struct Config {
     /// How long a shutdown waits for running requests.
     #[serde(with = "duration")]
     pub drain_limit: Duration,
+    /// How long the new process of an upgrade may take to show that it can serve, and again to make ready for it; then it is
+    /// killed, and nothing has changed.
+    #[serde(with = "duration")]
+    pub upgrade_limit: Duration,
     /// How long a session outlives its last link: a restarted nebd finds it open.
     #[serde(with = "duration")]
     pub session_grace: Duration,
@@ -75,6 +81,7 @@ impl Default for Config {
             file_roots: Vec::new(),
             file_io: FileIo::default(),
             drain_limit: Duration::from_secs(2),
+            upgrade_limit: Duration::from_secs(10),
             session_grace: Duration::from_secs(10),
             inflight_requests: VOLUME_INFLIGHT_REQUESTS,
             inflight_bytes: ByteSize(VOLUME_INFLIGHT_BYTES),
@@ -96,6 +103,7 @@ impl Config {
         within("inflight_bytes", self.inflight_bytes.0, REQUEST_BYTES_MAX.into(), INFLIGHT_BYTES_MAX)?;
         for (key, value, most) in [
             ("drain_limit", self.drain_limit, DRAIN_LIMIT_MAX),
+            ("upgrade_limit", self.upgrade_limit, UPGRADE_LIMIT_MAX),
             ("session_grace", self.session_grace, SESSION_GRACE_MAX),
         ] {
             if value > most {

@@ -1,4 +1,4 @@
-//! A running gateway: started from a config, shut down with a drain.
+//! A running gateway: started from a config, shut down with a drain, or replaced by another process of its own.
 //!
 //! Called by `main` and `spline dev`. Several in one process do not disturb each other.
 
@@ -9,13 +9,18 @@ use crate::link::Links;
 use crate::listener::Listener;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, SessionLimits};
-use crate::service;
+use crate::service::{Admin, Service};
+use crate::upgrade::{HandOver, Launch, Passing, Predecessor, Sockets};
 use crate::watchdog;
+use anyhow::Context;
 use spline_process::watchdog::Watchdog;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -24,6 +29,8 @@ use tracing::{info, warn};
 const LINK_END_MARGIN: Duration = Duration::from_secs(1);
 /// Time for engines to end what runs and give their volumes back; the metadata server may be away.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+/// Time for the last answers of the administration service.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// A gateway that serves.
 pub struct Gateway {
@@ -37,24 +44,23 @@ pub struct Gateway {
     gone: CancellationToken,
     links: TaskTracker,
     servers: TaskTracker,
+    /// Of one that can be replaced: whether another process serves in its place.
+    replaced: watch::Receiver<Option<bool>>,
 }
 
-impl Gateway {
-    /// Starts serving; registers its metrics. Must be called within a tokio runtime with time and IO.
-    ///
-    /// # Errors
-    /// If the config is wrong or an address can not be listened on; the message names it.
-    #[allow(clippy::unused_async, reason = "starting is async for every process of Spline")]
-    pub async fn start(
-        config: Config,
-        metrics: &mut prometheus_client::registry::Registry,
-    ) -> anyhow::Result<Self> {
-        config.check().map_err(anyhow::Error::msg)?;
+/// What a gateway is made of before it listens.
+struct Parts {
+    config: Config,
+    id: String,
+    registry: Arc<Registry>,
+    links: Arc<Links>,
+    leaving: CancellationToken,
+}
+
+impl Parts {
+    fn new(config: Config, metrics: &mut prometheus_client::registry::Registry) -> Self {
         let id = config.effective_id();
         let leaving = CancellationToken::new();
-        let gone = CancellationToken::new();
-        let listener = Listener::bind(&config.link_socket)?;
-        let admin = config.admin_listen.map(service::bind).transpose()?;
         let buffers = BufferPool::new();
         let engines = Engines::new(&config, &id, buffers.clone(), metrics);
         let counts = Arc::new(Metrics::new(metrics));
@@ -65,25 +71,155 @@ impl Gateway {
         };
         let registry =
             Arc::new(Registry::new(Box::new(engines), limits, Arc::clone(&counts), leaving.clone()));
-        let shared = Arc::new(Links {
+        let links = Arc::new(Links {
             registry: Arc::clone(&registry),
             metrics: counts,
             buffers,
             drain_limit: config.drain_limit,
         });
+        Self { config, id, registry, links, leaving }
+    }
+
+    /// Serves. With `launch`, it can be replaced; `metrics` is where its metrics page listens, which goes over too.
+    fn serve(
+        self,
+        listener: Listener,
+        admin: Option<Admin>,
+        launch: Option<Launch>,
+        metrics: Option<&TcpListener>,
+    ) -> anyhow::Result<Gateway> {
+        let Self { config, id, registry, links: shared, leaving } = self;
+        let (gone, committed) = (CancellationToken::new(), CancellationToken::new());
+        let (outcome, replaced) = watch::channel(None);
+        let hand_over = match launch {
+            None => None,
+            Some(launch) => Some(Arc::new(HandOver {
+                launch,
+                id: id.clone(),
+                link_socket: config.link_socket.display().to_string(),
+                admin_listen: config.admin_listen.map(|address| address.to_string()).unwrap_or_default(),
+                metrics_listen: config.metrics_listen.map(|address| address.to_string()).unwrap_or_default(),
+                passing: Passing {
+                    links: listener.pass()?,
+                    admin: admin.as_ref().map(Admin::pass).transpose()?,
+                    metrics: metrics.map(|socket| socket.try_clone().map(OwnedFd::from)).transpose()?,
+                },
+                registry: Arc::clone(&registry),
+                metrics: Arc::clone(&shared.metrics),
+                upgrade_limit: config.upgrade_limit,
+                drain_limit: config.drain_limit,
+                leaving: leaving.clone(),
+                committed: committed.clone(),
+                outcome,
+                one: tokio::sync::Mutex::default(),
+                links: AtomicU32::new(0),
+            })),
+        };
         let (links, servers) = (TaskTracker::new(), TaskTracker::new());
         let link_path = listener.path().to_owned();
-        servers.spawn(listener.run(shared, links.clone(), leaving.clone()));
-        let admin_address = admin.as_ref().map(service::Admin::address);
+        servers.spawn(listener.run(shared, links.clone(), leaving.clone(), committed.clone()));
+        let admin_address = admin.as_ref().map(Admin::address);
         if let Some(admin) = admin {
-            servers.spawn(admin.serve(id.clone(), Arc::clone(&registry), gone.clone()));
+            let service = Service::new(id.clone(), Arc::clone(&registry), hand_over);
+            servers.spawn(admin.serve(service, [gone.clone(), committed]));
         }
         if let Some(watched) = Watchdog::of_environment() {
-            servers.spawn(watchdog::feed(watched, gone.clone()));
+            servers.spawn(watchdog::feed(watched, Arc::clone(&registry), gone.clone()));
         }
         info!(id, link_socket = %link_path.display(), "gateway serves");
         let drain_limit = config.drain_limit;
-        Ok(Self { id, link_path, admin_address, drain_limit, registry, leaving, gone, links, servers })
+        Ok(Gateway {
+            id,
+            link_path,
+            admin_address,
+            drain_limit,
+            registry,
+            leaving,
+            gone,
+            links,
+            servers,
+            replaced,
+        })
+    }
+}
+
+impl Gateway {
+    /// Starts serving; registers its metrics. Must be called within a tokio runtime with time and IO. It can not be replaced by
+    /// another process.
+    ///
+    /// # Errors
+    /// If the config is wrong or an address can not be listened on; the message names it.
+    #[allow(clippy::unused_async, reason = "starting is async for every process of Spline")]
+    pub async fn start(
+        config: Config,
+        metrics: &mut prometheus_client::registry::Registry,
+    ) -> anyhow::Result<Self> {
+        config.check().map_err(anyhow::Error::msg)?;
+        let listener = Listener::bind(&config.link_socket)?;
+        let admin = config.admin_listen.map(Admin::bind).transpose()?;
+        Parts::new(config, metrics).serve(listener, admin, None, None)
+    }
+
+    /// As [`start`](Self::start), as a process of its own, that can be replaced by another one. Also answers where its metrics
+    /// page is to be served.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    #[allow(clippy::unused_async, reason = "starting is async for every process of Spline")]
+    pub async fn start_as_process(
+        config: Config,
+        launch: Launch,
+        metrics: &mut prometheus_client::registry::Registry,
+    ) -> anyhow::Result<(Self, Option<TcpListener>)> {
+        config.check().map_err(anyhow::Error::msg)?;
+        let listener = Listener::bind(&config.link_socket)?;
+        let admin = config.admin_listen.map(Admin::bind).transpose()?;
+        let page = config.metrics_listen.map(bind_metrics).transpose()?;
+        let gateway = Parts::new(config, metrics).serve(listener, admin, Some(launch), page.as_ref())?;
+        Ok((gateway, page))
+    }
+
+    /// Takes over from another process of this gateway: its sockets, its sessions, and in the end its place.
+    ///
+    /// # Errors
+    /// Why it can not; the other process serves on.
+    pub async fn take_over(
+        config: Config,
+        launch: Launch,
+        predecessor: Predecessor,
+        metrics: &mut prometheus_client::registry::Registry,
+    ) -> anyhow::Result<(Self, Option<TcpListener>)> {
+        let successor = predecessor.channel()?;
+        config.check().map_err(anyhow::Error::msg)?;
+        let parts = Parts::new(config, metrics);
+        let (sockets, entering) = successor.prepare(&parts.config, &parts.registry).await?;
+        // There is no way back from here.
+        sockets.take_log();
+        let Sockets { links, admin, metrics: page, .. } = sockets;
+        let listener = Listener::adopt(&parts.config.link_socket, links)?;
+        let admin = admin.map(Admin::over).transpose()?;
+        let links = Arc::clone(&parts.links);
+        let gateway = parts.serve(listener, admin, Some(launch), page.as_ref())?;
+        successor.enter(entering, &links, &gateway.links).await;
+        Ok((gateway, page))
+    }
+
+    /// Waits until another process serves in this one's place; answers false if it does not, and this one can not any more.
+    /// Afterwards nothing is left to do but to end, without [`shutdown`](Self::shutdown). For ever, if that does not happen.
+    pub async fn replaced(&self) -> bool {
+        let mut replaced = self.replaced.clone();
+        let outcome = replaced.wait_for(Option::is_some).await.ok().and_then(|outcome| *outcome);
+        let Some(outcome) = outcome else { return std::future::pending().await };
+        // The command that asked for it is to be answered still.
+        self.servers.close();
+        let told = async {
+            self.gone.cancel();
+            self.servers.wait().await;
+        };
+        if tokio::time::timeout(ANSWER_LIMIT, told).await.is_err() {
+            warn!("whoever asked for the upgrade has not taken the answer");
+        }
+        outcome
     }
 
     /// The name under which it opens sessions.
@@ -118,4 +254,8 @@ impl Gateway {
         self.servers.wait().await;
         info!("gateway has left");
     }
+}
+
+fn bind_metrics(listen: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(listen).with_context(|| format!("can not listen: metrics_listen={listen}"))
 }

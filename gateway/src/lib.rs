@@ -7,12 +7,13 @@
 //!
 //! Modules in the order in which a request meets them: [`config`] → `listener` → `link` → `registry` → `session` →
 //! `admission` → [`engine`] (`split` → `fanout` for the cluster) and back through `link`; `buffer` and `shared` hold payloads,
-//! `metrics` counts, `service` answers operators, `watchdog` tells systemd that all of it gets on.
+//! `metrics` counts, `service` answers operators, [`upgrade`] replaces the process, `watchdog` tells systemd that all of it gets on.
 
 #![deny(unsafe_code)]
 
 pub mod config;
 pub mod engine;
+pub mod upgrade;
 
 mod admission;
 mod buffer;
@@ -30,3 +31,4 @@ mod watchdog;
 
 pub use config::{Config, FileIo};
 pub use gateway::Gateway;
+pub use upgrade::{Launch, Predecessor};

@@ -8,7 +8,7 @@ use anyhow::Context;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use spline_process::activation;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,10 +32,35 @@ pub(crate) struct Listener {
     /// systemd made the socket, and keeps it when this gateway ends: nebds wait in its backlog for the next one.
     is_systemds: bool,
     /// Held for as long as the socket is ours; released by the kernel however the process ends.
-    _lock: OwnedFd,
+    lock: OwnedFd,
+}
+
+/// A listening socket on its way to the next process of the gateway.
+pub(crate) struct PassedListener {
+    pub(crate) socket: OwnedFd,
+    /// The open file of the lock, which is held by whoever has it.
+    pub(crate) lock: OwnedFd,
+    pub(crate) is_systemds: bool,
 }
 
 impl Listener {
+    /// What another process needs to listen on; this one goes on as well.
+    pub(crate) fn pass(&self) -> io::Result<PassedListener> {
+        let (socket, lock) = (self.listener.as_fd().try_clone_to_owned()?, self.lock.try_clone()?);
+        Ok(PassedListener { socket, lock, is_systemds: self.is_systemds })
+    }
+
+    /// Listens on what another process has listened on.
+    pub(crate) fn adopt(path: &Path, passed: PassedListener) -> io::Result<Self> {
+        let PassedListener { socket, lock, is_systemds } = passed;
+        if !rustix::net::sockopt::socket_acceptconn(&socket)? {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "socket does not listen"));
+        }
+        let listener = std::os::unix::net::UnixListener::from(socket);
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener: UnixListener::from_std(listener)?, path: path.to_owned(), is_systemds, lock })
+    }
+
     /// Takes the socket that systemd listens on, or binds it. A file that a dead gateway left is replaced; a living one is not
     /// disturbed.
     pub(crate) fn bind(path: &Path) -> anyhow::Result<Self> {
@@ -48,17 +73,26 @@ impl Listener {
             }
             None => (bind_anew(path)?, false),
         };
-        Ok(Self { listener, path: path.to_owned(), is_systemds, _lock: lock })
+        Ok(Self { listener, path: path.to_owned(), is_systemds, lock })
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Accepts links until `leaving`; each runs as a task of `tasks`.
-    pub(crate) async fn run(self, links: Arc<Links>, tasks: TaskTracker, leaving: CancellationToken) {
+    /// Accepts links until `leaving`; each runs as a task of `tasks`. From `passed` on they are another process's, and so is the
+    /// socket's file.
+    pub(crate) async fn run(
+        self,
+        links: Arc<Links>,
+        tasks: TaskTracker,
+        leaving: CancellationToken,
+        passed: CancellationToken,
+    ) {
         loop {
             let accepted = tokio::select! {
+                biased;
+                () = passed.cancelled() => return std::mem::forget(self),
                 () = leaving.cancelled() => return,
                 accepted = self.listener.accept() => accepted,
             };
@@ -126,6 +160,23 @@ fn hold(path: &Path) -> anyhow::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_socket_that_is_passed_on_stays() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("gateway.sock");
+        let old = Listener::bind(&path).expect("binds");
+        let new = Listener::adopt(&path, old.pass().expect("passes")).expect("adopts");
+        std::mem::forget(old);
+        std::os::unix::net::UnixStream::connect(&path).expect("somebody listens");
+        new.listener.accept().await.expect("the new one accepts");
+        assert!(Listener::bind(&path).is_err(), "the lock went over too");
+        drop(new);
+        assert!(!path.exists());
+        let (socket, lock) = std::os::unix::net::UnixStream::pair().expect("opens");
+        let passed = PassedListener { socket: socket.into(), lock: lock.into(), is_systemds: false };
+        assert!(Listener::adopt(&path, passed).is_err(), "this one does not listen");
+    }
 
     #[tokio::test]
     async fn a_stale_socket_is_replaced_and_a_living_one_is_not() {

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::Parser;
-use spline_gateway::{Config, Gateway};
+use spline_gateway::{Config, Gateway, Launch, Predecessor};
 use spline_process::{CommonFlags, metrics, signals};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -76,21 +76,35 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     else {
         return Ok(());
     };
+    // Before anything else is opened, and before the path may lead elsewhere.
+    let launch = Launch::of_this_process().context("can not tell how this process was started")?;
+    let predecessor = Predecessor::of_environment()?;
     let stop = signals::Stop::install().context("can not take signals over")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut registry = prometheus_client::registry::Registry::default();
-    let metrics_listen = config.metrics_listen;
-    let gateway = runtime.block_on(Gateway::start(config, &mut registry))?;
-    let _metrics = match metrics_listen {
-        Some(listen) => Some(
-            metrics::serve(listen, registry)
-                .with_context(|| format!("can not listen: metrics_listen={listen}"))?,
-        ),
-        None => None,
-    };
+    let (gateway, page) = runtime.block_on(async {
+        match predecessor {
+            Some(predecessor) => Gateway::take_over(config, launch, predecessor, &mut registry).await,
+            None => Gateway::start_as_process(config, launch, &mut registry).await,
+        }
+    })?;
+    let page = page.map(|socket| metrics::serve_on(socket, registry)).transpose()?;
     let announced = flags.common.announce(&format!("links at {}", gateway.link_path().display()))?;
-    stop.wait();
+    let stop = stop.into_socket()?;
+    let replaced = runtime.block_on(async {
+        let stop = tokio::net::UnixStream::from_std(stop)?;
+        tokio::select! {
+            told = stop.readable() => told.map(|()| None),
+            replaced = gateway.replaced() => Ok(Some(replaced)),
+        }
+    })?;
+    if let Some(replaced) = replaced {
+        announced.pass_on();
+        // At once: sockets and sessions are another process's, and whatever is closed here in order would be closed there.
+        std::process::exit(i32::from(!replaced));
+    }
     drop(announced);
     runtime.block_on(gateway.shutdown());
+    drop(page);
     Ok(())
 }

@@ -13,6 +13,10 @@ use std::time::Duration;
 
 type OpLabel = [(&'static str, &'static str); 1];
 type FaultLabel = [(&'static str, &'static str); 2];
+type OutcomeLabel = [(&'static str, &'static str); 1];
+
+/// A request that takes longer is a stall: a guest's file system notices.
+const STALL: Duration = Duration::from_millis(100);
 
 /// One of each operation, in the order of [`slot`].
 const OPS: [BlockOp; 7] = [
@@ -46,6 +50,14 @@ pub(crate) struct Metrics {
     pub(crate) inflight_bytes: Gauge,
     pub(crate) opens_refused: Counter,
     pub(crate) sessions_lost: Counter,
+    /// From the last request that the process before took of a link, or of a volume without one that goes on, to the first here.
+    pub(crate) upgrade_pause: Histogram,
+    /// Sessions that were taken over from the process before.
+    pub(crate) sessions_taken_over: Counter,
+    /// Links of theirs that go on as they were.
+    pub(crate) links_taken_over: Counter,
+    upgrades: Family<OutcomeLabel, Counter>,
+    stalls: Counter,
 }
 
 struct OpMetrics {
@@ -79,6 +91,11 @@ impl Metrics {
             inflight_bytes: Gauge::default(),
             opens_refused: Counter::default(),
             sessions_lost: Counter::default(),
+            upgrade_pause: latency_histogram(),
+            sessions_taken_over: Counter::default(),
+            links_taken_over: Counter::default(),
+            upgrades: Family::default(),
+            stalls: Counter::default(),
         };
         registry.register("requests", "Requests that ended, by operation", requests);
         registry.register_with_unit("data", "Data of requests that succeeded", Unit::Bytes, bytes);
@@ -104,7 +121,34 @@ impl Metrics {
             "Sessions that went to someone newer",
             metrics.sessions_lost.clone(),
         );
+        metrics.register_upgrades(registry);
         metrics
+    }
+
+    fn register_upgrades(&self, registry: &mut Registry) {
+        registry.register_with_unit(
+            "upgrade_pause",
+            "From a link's last request taken in the process before to the first one here",
+            Unit::Seconds,
+            self.upgrade_pause.clone(),
+        );
+        registry.register(
+            "sessions_taken_over",
+            "Sessions taken over from the process before",
+            self.sessions_taken_over.clone(),
+        );
+        registry.register(
+            "links_taken_over",
+            "Links that go on as they were in the process before",
+            self.links_taken_over.clone(),
+        );
+        registry.register("upgrades", "Planned upgrades that were tried, by outcome", self.upgrades.clone());
+        registry.register("stalls", "Requests that took more than 100 ms", self.stalls.clone());
+    }
+
+    /// A planned upgrade ended: `refused`, `failed`, `done` or `broken`.
+    pub(crate) fn upgrade_ended(&self, outcome: &'static str) {
+        self.upgrades.get_or_create(&[("outcome", outcome)]).inc();
     }
 
     /// A request of `bytes` of data was taken.
@@ -119,6 +163,9 @@ impl Metrics {
         let metrics = &self.ops[slot(op)];
         metrics.requests.inc();
         metrics.latency.observe(took.as_secs_f64());
+        if took > STALL {
+            self.stalls.inc();
+        }
         match fault {
             None => drop(metrics.bytes.inc_by(bytes)),
             Some(fault) => {
@@ -146,7 +193,8 @@ mod tests {
             metrics.started(op, 512);
         }
         metrics.ended(BlockOp::Read, 512, None, Duration::from_millis(1));
-        metrics.ended(BlockOp::Write, 512, Some(Fault::NoSpace), Duration::from_millis(1));
+        metrics.ended(BlockOp::Write, 512, Some(Fault::NoSpace), Duration::from_millis(101));
+        metrics.upgrade_ended("done");
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).expect("encodes");
         for line in [
@@ -156,6 +204,9 @@ mod tests {
             "spline_gateway_inflight_requests{op=\"read\"} 0\n",
             "spline_gateway_inflight_requests{op=\"flush\"} 1\n",
             "spline_gateway_faults_total{op=\"write\",fault=\"no_space\"} 1\n",
+            "spline_gateway_stalls_total 1\n",
+            "spline_gateway_upgrades_total{outcome=\"done\"} 1\n",
+            "spline_gateway_upgrade_pause_seconds_count 0\n",
             "spline_gateway_inflight_bytes 2560\n",
             "spline_gateway_request_latency_seconds_count{op=\"read\"} 1\n",
         ] {

@@ -4,14 +4,19 @@
 //! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others. It is not held while
 //! the metadata server is asked about a session that is open: links that resume it need no answer.
 
+mod held;
+
 use crate::admission::Admission;
 use crate::engine::{Engine, OpenError, Opener, Wanted, replaced};
 use crate::metrics::Metrics;
 use crate::session::{Caller, Membership, Session};
+use crate::upgrade::monotonic_ns;
+pub(crate) use held::{Held, HeldSession, Reserved};
 use spline_types::VolumeName;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -20,6 +25,14 @@ use tracing::{info, warn};
 const VOLUMES_MAX: usize = 4096;
 
 type Slot = tokio::sync::Mutex<Option<Arc<Session>>>;
+
+/// The slots of all names.
+#[derive(Default)]
+struct Slots {
+    by_name: HashMap<VolumeName, Arc<Slot>>,
+    /// Nothing is opened: see [`Held`].
+    held: bool,
+}
 
 /// Limits of each session.
 #[derive(Clone, Copy)]
@@ -37,7 +50,9 @@ pub(crate) struct Registry {
     metrics: Arc<Metrics>,
     /// Cancelled when the gateway leaves.
     leaving: CancellationToken,
-    slots: Mutex<HashMap<VolumeName, Arc<Slot>>>,
+    slots: Mutex<Slots>,
+    /// Told when they are not held any more.
+    released: Notify,
     graces: TaskTracker,
 }
 
@@ -48,22 +63,40 @@ impl Registry {
         metrics: Arc<Metrics>,
         leaving: CancellationToken,
     ) -> Self {
-        Self { engines, limits, metrics, leaving, slots: Mutex::default(), graces: TaskTracker::new() }
+        let (slots, released, graces) = (Mutex::default(), Notify::new(), TaskTracker::new());
+        Self { engines, limits, metrics, leaving, slots, released, graces }
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<VolumeName, Arc<Slot>>> {
+    /// Where engines come from.
+    pub(crate) fn engines(&self) -> &dyn Opener {
+        self.engines.as_ref()
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn slot(&self, name: &VolumeName) -> Result<Arc<Slot>, OpenError> {
-        let mut slots = self.slots();
-        if let Some(slot) = slots.get(name) {
-            return Ok(Arc::clone(slot));
+    /// The slot of a name, once nobody holds them.
+    async fn slot(&self, name: &VolumeName) -> Result<Arc<Slot>, OpenError> {
+        loop {
+            // Before the look, so that it is not missed.
+            let released = self.released.notified();
+            if let Some(slot) = self.slot_now(name)? {
+                return Ok(slot);
+            }
+            released.await;
         }
-        if slots.len() >= VOLUMES_MAX {
+    }
+
+    fn slot_now(&self, name: &VolumeName) -> Result<Option<Arc<Slot>>, OpenError> {
+        let mut slots = self.slots();
+        if slots.held {
+            return Ok(None);
+        }
+        if !slots.by_name.contains_key(name) && slots.by_name.len() >= VOLUMES_MAX {
             return Err(OpenError::Unavailable(format!("too many volumes are open: limit={VOLUMES_MAX}")));
         }
-        Ok(Arc::clone(slots.entry(name.clone()).or_default()))
+        Ok(Some(Arc::clone(slots.by_name.entry(name.clone()).or_default())))
     }
 
     /// Forgets a slot that is empty and that nobody else holds; the caller has let go of its lock.
@@ -71,8 +104,8 @@ impl Registry {
         let mut slots = self.slots();
         // The map's and the caller's: whoever wants it must come through the map, which is locked.
         let unused = Arc::strong_count(slot) <= 2 && slot.try_lock().is_ok_and(|session| session.is_none());
-        if unused && slots.get(name).is_some_and(|known| Arc::ptr_eq(known, slot)) {
-            slots.remove(name);
+        if unused && slots.by_name.get(name).is_some_and(|known| Arc::ptr_eq(known, slot)) {
+            slots.by_name.remove(name);
         }
     }
 
@@ -86,7 +119,7 @@ impl Registry {
         wanted: Wanted,
         caller: Caller<'_>,
     ) -> Result<Membership, OpenError> {
-        let slot = self.slot(name)?;
+        let slot = self.slot(name).await?;
         let joined = self.join_slot(&slot, name, wanted, caller).await;
         if joined.is_err() {
             self.forget(name, &slot);
@@ -116,20 +149,34 @@ impl Registry {
             let too_narrow = open.engine.traits().read_only && !wanted.read_only && open.links() == 0;
             if !stale && !too_narrow {
                 may_join(name, open.engine.as_ref(), wanted)?;
+                self.goes_on(open);
                 return Ok(open.join(caller));
             }
             self.end(open).await;
             *session = None;
         }
-        let engine = self.engines.open(name, wanted).await?;
+        let opened = self.opened(name, self.engines.open(name, wanted).await?);
+        let membership = opened.join(caller);
+        *session = Some(opened);
+        Ok(membership)
+    }
+
+    fn opened(&self, name: &VolumeName, engine: Arc<dyn Engine>) -> Arc<Session> {
         let traits = engine.traits();
         info!(volume = %name, engine = engine.name(), epoch = %traits.epoch, read_only = traits.read_only, "session is open");
         self.metrics.sessions.inc();
         let admission = Admission::new(self.limits.requests, self.limits.bytes);
-        let opened = Arc::new(Session::new(name.clone(), engine, admission, self.leaving.child_token()));
-        let membership = opened.join(caller);
-        *session = Some(opened);
-        Ok(membership)
+        Arc::new(Session::new(name.clone(), engine, admission, self.leaving.child_token()))
+    }
+
+    /// A link is served: if the session was taken over, the first one ends the pause.
+    fn goes_on(&self, session: &Session) {
+        let paused = session.paused.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(since) = paused {
+            let pause = Duration::from_nanos(monotonic_ns().saturating_sub(since));
+            self.metrics.upgrade_pause.observe(pause.as_secs_f64());
+            info!(volume = %session.name, ?pause, "session goes on");
+        }
     }
 
     async fn end(&self, session: &Session) {
@@ -160,7 +207,7 @@ impl Registry {
     }
 
     async fn close_if_idle(&self, session: &Arc<Session>, joined: u64) {
-        let Ok(slot) = self.slot(&session.name) else { return };
+        let Some(slot) = self.slots().by_name.get(&session.name).cloned() else { return };
         let mut held = slot.lock().await;
         if held.as_ref().is_some_and(|now| Arc::ptr_eq(now, session)) && session.idle_since() == Some(joined)
         {
@@ -173,7 +220,7 @@ impl Registry {
 
     /// Closes a volume's session: its links drain, are told to leave, and are waited for. False if it is not open.
     pub(crate) async fn close_volume(&self, name: &VolumeName) -> bool {
-        let Some(slot) = self.slots().get(name).cloned() else { return false };
+        let Some(slot) = self.slots().by_name.get(name).cloned() else { return false };
         let mut held = slot.lock().await;
         let session = held.take();
         if let Some(session) = &session {
@@ -188,7 +235,7 @@ impl Registry {
 
     /// Closes every session; the links have ended.
     pub(crate) async fn close_all(&self) {
-        let names: Vec<VolumeName> = self.slots().keys().cloned().collect();
+        let names: Vec<VolumeName> = self.slots().by_name.keys().cloned().collect();
         futures_util::future::join_all(names.iter().map(|name| self.close_volume(name))).await;
         self.graces.close();
         self.graces.wait().await;
@@ -197,7 +244,7 @@ impl Registry {
 
     /// The sessions that are open; one that is just being opened or closed is left out.
     pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
-        let slots: Vec<Arc<Slot>> = self.slots().values().cloned().collect();
+        let slots: Vec<Arc<Slot>> = self.slots().by_name.values().cloned().collect();
         slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone()).collect()
     }
 }

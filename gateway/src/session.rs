@@ -14,6 +14,7 @@ use spline_link::InstanceId;
 use spline_types::{BlockOp, BlockRequest, Fault, Invalid, VolumeName};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -28,6 +29,8 @@ pub(crate) struct Session {
     pub(crate) leaving: CancellationToken,
     /// When it was opened.
     pub(crate) since: SystemTime,
+    /// The next process of this gateway gets it: what can not be carried out any more is withdrawn, not failed.
+    pub(crate) passing: AtomicBool,
     /// Taken over from another process, and not served yet: when that one took its last request, nanoseconds of the monotonic
     /// clock.
     pub(crate) paused: Mutex<Option<u64>>,
@@ -99,7 +102,18 @@ impl Session {
         leaving: CancellationToken,
     ) -> Self {
         let (since, paused, members) = (SystemTime::now(), Mutex::default(), Mutex::default());
-        Self { name, engine, admission, leaving, since, paused, members, links: watch::Sender::new(0) }
+        let passing = AtomicBool::new(false);
+        Self {
+            name,
+            engine,
+            admission,
+            leaving,
+            since,
+            passing,
+            paused,
+            members,
+            links: watch::Sender::new(0),
+        }
     }
 
     fn members(&self) -> MutexGuard<'_, Members> {
@@ -155,6 +169,11 @@ impl Session {
     pub(crate) fn idle_since(&self) -> Option<u64> {
         let members = self.members();
         members.now.is_empty().then_some(members.joined)
+    }
+
+    /// Whether what fails as fenced is to be sent again, to whoever has the session next.
+    pub(crate) fn withdraws(&self) -> bool {
+        self.leaving.is_cancelled() || self.passing.load(Ordering::Acquire)
     }
 
     /// Whether a newer session has the volume.

@@ -27,7 +27,7 @@ pub const EXPORT_BYTES: u64 = (BLOCKS as u64 / 4) << 20;
 pub const RECOVERY_LIMIT: Duration = Duration::from_secs(90);
 
 /// Where a block lies.
-fn offset(number: usize) -> u64 {
+pub(crate) fn offset(number: usize) -> u64 {
     ((number as u64 / 4) << 20) + (number as u64 % 4) * block::BYTES as u64
 }
 

@@ -33,7 +33,7 @@ impl fmt::Display for Stalls {
             let mean = seen.total / seen.rounds.max(1);
             writeln!(
                 f,
-                "{kind:<34} {:>6} {:>11.2} s {:>8.2} s",
+                "{kind:<34} {:>6} {:>11.3} s {:>8.3} s",
                 seen.rounds,
                 seen.longest.as_secs_f64(),
                 mean.as_secs_f64()

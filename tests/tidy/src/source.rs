@@ -31,6 +31,7 @@ const GENERATED_TYPES: &[&str] = &[
     // Tests that play the other side of the control plane.
     "cluster/chunkserver/tests/",
     "cluster/mds/tests/",
+    "cli/src/gateway/admin.rs",
     "cli/src/mds.rs",
     "tests/tidy/",
 ];

@@ -1,0 +1,107 @@
+//! Sessions held still: by a process that passes them on, so that none is opened, joined or closed meanwhile; and by the one that
+//! takes them over, so that none is served before it may be.
+//!
+//! Called by the upgrade. Whoever wants such a volume waits for its slot.
+
+use super::{Registry, Session};
+use crate::engine::{Engine, OpenError};
+use spline_types::VolumeName;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::OwnedMutexGuard;
+
+type Guard = OwnedMutexGuard<Option<Arc<Session>>>;
+
+/// Every session of a registry, held still until this is dropped.
+pub(crate) struct Held {
+    registry: Arc<Registry>,
+    pub(crate) sessions: Vec<HeldSession>,
+    /// Names without a session.
+    _empty: Vec<Guard>,
+}
+
+/// One of them.
+pub(crate) struct HeldSession {
+    pub(crate) session: Arc<Session>,
+    slot: Guard,
+}
+
+impl Registry {
+    /// Holds every session still; waits for those that are being opened or closed. If the wait is given up, nothing is held.
+    pub(crate) async fn hold(self: &Arc<Self>) -> Held {
+        let slots: Vec<_> = {
+            let mut slots = self.slots();
+            slots.held = true;
+            slots.by_name.values().cloned().collect()
+        };
+        // From here on, so that it lets go however this ends.
+        let mut held = Held { registry: Arc::clone(self), sessions: Vec::new(), _empty: Vec::new() };
+        for slot in slots {
+            let slot = slot.lock_owned().await;
+            match slot.clone() {
+                Some(session) => held.sessions.push(HeldSession { session, slot }),
+                None => held._empty.push(slot),
+            }
+        }
+        held
+    }
+
+    /// Makes a session of an engine that was taken over; nobody can join it before it is [entered](Reserved::enter).
+    ///
+    /// # Errors
+    /// `Unavailable` if there are too many volumes.
+    pub(crate) async fn reserve(
+        &self,
+        name: &VolumeName,
+        engine: Arc<dyn Engine>,
+    ) -> Result<Reserved, OpenError> {
+        let slot = self.slot(name).await?.lock_owned().await;
+        Ok(Reserved { session: self.opened(name, engine), slot })
+    }
+}
+
+impl HeldSession {
+    /// Closes the session, which somebody else may have opened: its links leave within `limit`, and come back to one that is
+    /// opened anew.
+    pub(crate) async fn close(&mut self, registry: &Registry, limit: Duration) {
+        let session = Arc::clone(&self.session);
+        session.leaving.cancel();
+        session.engine.leave();
+        if tokio::time::timeout(limit, session.deserted()).await.is_err() {
+            tracing::warn!(volume = %session.name, links = session.links(), "links did not end in time");
+        }
+        registry.end(&session).await;
+        *self.slot = None;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.registry.slots().held = false;
+        self.registry.released.notify_waiters();
+    }
+}
+
+/// A session that was taken over and is not served yet. Dropped, it leaves its name without a session.
+pub(crate) struct Reserved {
+    pub(crate) session: Arc<Session>,
+    slot: Guard,
+}
+
+impl Reserved {
+    /// Serves it. Closed after the grace if no link comes.
+    pub(crate) fn enter(mut self, registry: &Arc<Registry>) -> Arc<Session> {
+        let session = Arc::clone(&self.session);
+        *self.slot = Some(Arc::clone(&session));
+        drop(self.slot);
+        registry.link_left(Arc::clone(&session), false);
+        session
+    }
+
+    /// Does not serve it: whoever wants the volume opens it anew.
+    pub(crate) async fn give_up(self, registry: &Registry) {
+        // What it holds of the volume, a file's lock, say, is left to who has it too.
+        self.session.engine.release().await;
+        registry.metrics.sessions.dec();
+    }
+}
