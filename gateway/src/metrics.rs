@@ -2,6 +2,9 @@
 //!
 //! Called by links, sessions and engines; the handles of each operation are looked up once, not per request.
 
+mod latency;
+
+use latency::Latency;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -64,7 +67,7 @@ struct OpMetrics {
     requests: Counter,
     bytes: Counter,
     inflight: Gauge,
-    latency: Histogram,
+    latency: Latency,
 }
 
 impl Metrics {
@@ -73,8 +76,7 @@ impl Metrics {
         let requests = Family::<OpLabel, Counter>::default();
         let bytes = Family::<OpLabel, Counter>::default();
         let inflight = Family::<OpLabel, Gauge>::default();
-        let latency =
-            Family::<OpLabel, Histogram, fn() -> Histogram>::new_with_constructor(latency_histogram);
+        let latency = Family::<OpLabel, Latency>::default();
         let metrics = Self {
             ops: OPS.map(|op| {
                 let label = [("op", op.name())];
@@ -162,7 +164,7 @@ impl Metrics {
         self.dropped(op, bytes);
         let metrics = &self.ops[slot(op)];
         metrics.requests.inc();
-        metrics.latency.observe(took.as_secs_f64());
+        metrics.latency.observe(took);
         if took > STALL {
             self.stalls.inc();
         }
