@@ -43,15 +43,23 @@ fn wait_until_served(machine: &Machine) -> anyhow::Result<()> {
 }
 
 #[test]
-fn units_make_a_cluster_that_survives_kills_and_a_reboot() -> anyhow::Result<()> {
+fn units_make_a_cluster_that_survives_kills_upgrades_and_a_reboot() -> anyhow::Result<()> {
     let mut machine = start()?;
     wait_until_served(&machine)?;
     let socket = machine.path(NBD_SOCKET);
     let mut load = Load::start("nbd", move || Ok(Box::new(NbdDisk::open(&socket, "", 2)?)))?;
-    for unit in [GATEWAY, "spline-chunkserver@disk1.service", "spline-mds.service", GATEWAY] {
+    let kill = ["kill", "--signal", "KILL"].as_slice();
+    for (deed, unit) in [
+        (kill, GATEWAY),
+        (&["reload"], GATEWAY),
+        (kill, "spline-chunkserver@disk1.service"),
+        (kill, "spline-mds.service"),
+        (&["reload"], GATEWAY),
+        (kill, GATEWAY),
+    ] {
         load.wait_for_beats(BEATS)?;
         let before = host::main_pid(&machine, unit)?;
-        machine.systemctl(&["kill", "--signal", "KILL", unit])?;
+        machine.systemctl(&[deed, &[unit]].concat())?;
         host::wait_for_another(&machine, unit, &before)?;
         load.wait_for_beats(BEATS)?;
     }

@@ -10,6 +10,8 @@ mod host;
 mod installed;
 mod load;
 mod qemu;
+mod runbook;
 #[path = "../guest/scripts.rs"]
 mod scripts;
 mod stop;
+mod upgrade;

@@ -14,7 +14,7 @@ const USUAL_ROUNDS: usize = 1;
 
 type Deed = fn(&Machine) -> anyhow::Result<()>;
 
-const DEEDS: [(&str, Deed); 3] = [
+const DEEDS: [(&str, Deed); 4] = [
     ("gateway killed, in a guest", |machine| {
         machine.systemctl(&["kill", "--signal", "KILL", GATEWAY]).map(drop)
     }),
@@ -22,6 +22,7 @@ const DEEDS: [(&str, Deed); 3] = [
         machine.systemctl(&["stop", "spline-gateway.socket"])?;
         machine.systemctl(&["start", GATEWAY]).map(drop)
     }),
+    ("gateway upgraded, in a guest", |machine| machine.systemctl(&["reload", GATEWAY]).map(drop)),
     ("gateway restarted, in a guest", |machine| machine.systemctl(&["restart", GATEWAY]).map(drop)),
 ];
 
