@@ -30,8 +30,8 @@ type Slot = tokio::sync::Mutex<Option<Arc<Session>>>;
 #[derive(Default)]
 struct Slots {
     by_name: HashMap<VolumeName, Arc<Slot>>,
-    /// Nothing is opened: see [`Held`].
-    held: bool,
+    /// Nothing is opened or closed, and these are the sessions: see [`Held`].
+    held: Option<Vec<Arc<Session>>>,
 }
 
 /// Limits of each session.
@@ -90,7 +90,7 @@ impl Registry {
 
     fn slot_now(&self, name: &VolumeName) -> Result<Option<Arc<Slot>>, OpenError> {
         let mut slots = self.slots();
-        if slots.held {
+        if slots.held.is_some() {
             return Ok(None);
         }
         if !slots.by_name.contains_key(name) && slots.by_name.len() >= VOLUMES_MAX {
@@ -244,7 +244,13 @@ impl Registry {
 
     /// The sessions that are open; one that is just being opened or closed is left out.
     pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
-        let slots: Vec<Arc<Slot>> = self.slots().by_name.values().cloned().collect();
+        let slots: Vec<Arc<Slot>> = {
+            let slots = self.slots();
+            if let Some(held) = &slots.held {
+                return held.clone();
+            }
+            slots.by_name.values().cloned().collect()
+        };
         slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone()).collect()
     }
 }

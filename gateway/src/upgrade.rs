@@ -22,6 +22,8 @@ mod hand_over;
 mod links;
 mod message;
 mod take_over;
+#[cfg(test)]
+mod tests;
 mod version;
 
 pub(crate) use hand_over::{HandOver, Passing, UpgradeError, Upgraded};

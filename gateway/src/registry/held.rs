@@ -31,7 +31,7 @@ impl Registry {
     pub(crate) async fn hold(self: &Arc<Self>) -> Held {
         let slots: Vec<_> = {
             let mut slots = self.slots();
-            slots.held = true;
+            slots.held = Some(Vec::new());
             slots.by_name.values().cloned().collect()
         };
         // From here on, so that it lets go however this ends.
@@ -43,6 +43,7 @@ impl Registry {
                 None => held._empty.push(slot),
             }
         }
+        self.slots().held = Some(held.sessions.iter().map(|held| Arc::clone(&held.session)).collect());
         held
     }
 
@@ -77,7 +78,7 @@ impl HeldSession {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.registry.slots().held = false;
+        self.registry.slots().held = None;
         self.registry.released.notify_waiters();
     }
 }

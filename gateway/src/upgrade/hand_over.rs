@@ -4,8 +4,6 @@
 //! what a link is made of, what an engine passes on. `bounded`: every wait for the other process has a limit.
 
 mod error;
-#[cfg(test)]
-mod tests;
 
 use super::channel::{Channel, ChannelError};
 use super::child::Child;
@@ -33,6 +31,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+/// How long requests may run on that the new process can carry out instead: sending them again takes no longer.
+const DRAIN_LIMIT: Duration = Duration::from_millis(50);
 /// Sessions that go over at once: while one waits for its last requests, the others need not.
 const PARALLEL: usize = 8;
 /// What a link's end may take beyond the drain limit: a farewell and a few wakes.
@@ -89,7 +89,7 @@ pub(crate) struct Upgraded {
 }
 
 /// A session that the new process may go on with.
-struct Offered {
+pub(super) struct Offered {
     number: u32,
     held: HeldSession,
     passed: Passed,
@@ -182,7 +182,7 @@ impl HandOver {
     }
 
     /// Versions, config, metadata server; answers the new process's version.
-    async fn prove(&self, channel: &Channel) -> Result<String, Why> {
+    pub(super) async fn prove(&self, channel: &Channel) -> Result<String, Why> {
         let (versions, product) = match heard(channel, "hello").await? {
             Message::Hello { versions, product } => (versions, product),
             came => return Err(unexpected("hello", &came)),
@@ -212,7 +212,7 @@ impl HandOver {
     }
 
     /// Sockets and sessions; afterwards the new process could serve. If it could not, everything is as before.
-    async fn prepare(&self, channel: &Channel) -> Result<(Vec<Offered>, Held), (Phase, Why)> {
+    pub(super) async fn prepare(&self, channel: &Channel) -> Result<(Vec<Offered>, Held), (Phase, Why)> {
         let mut held = self.within(Phase::Preparation, async { Ok(self.registry.hold().await) }).await?;
         let mut offered = Vec::new();
         let mut opening = false;
@@ -282,7 +282,7 @@ impl HandOver {
 
     /// Gives everything away, session by session; answers how many sessions and links the new process goes on with, and after
     /// how long at most.
-    async fn commit(
+    pub(super) async fn commit(
         &self,
         channel: &Channel,
         offered: &[Offered],
@@ -337,10 +337,12 @@ impl HandOver {
 
     /// Stops all links at once; answers those that can go on elsewhere.
     async fn freeze(&self, session: &Session) -> Vec<Frozen> {
-        let limit = self.drain_limit + LINK_END_MARGIN + RELEASE_LIMIT;
+        // Those of files run to their end.
+        let limit = LINK_END_MARGIN + RELEASE_LIMIT;
         let links = session.links_orders().into_iter().filter_map(|link| {
             let (reply, frozen) = oneshot::channel();
-            link.send(Order::Freeze(Freeze { drain_limit: self.drain_limit, reply })).ok()?;
+            link.send(Order::Freeze(Freeze { drain_limit: self.drain_limit.min(DRAIN_LIMIT), reply }))
+                .ok()?;
             Some(timeout(limit, frozen))
         });
         let stopped = futures_util::future::join_all(links).await;

@@ -4,9 +4,6 @@
 //! are only held, sessions opened under epochs of which no chunkserver hears, files not touched. Whatever fails is said, and
 //! ends this process.
 
-#[cfg(test)]
-mod tests;
-
 use super::channel::{Channel, ChannelError};
 use super::links::{Arriving, nanoseconds};
 use super::message::{Message, Offer, SessionState};
@@ -64,6 +61,12 @@ impl Predecessor {
         );
         let socket = standard_streams::take_stdin().context("no descriptor left")?;
         Ok(Some(Self { socket }))
+    }
+
+    /// The process at the other end of a socket.
+    #[cfg(test)]
+    pub(super) const fn at(socket: OwnedFd) -> Self {
+        Self { socket }
     }
 
     /// The channel to it. In a runtime.
