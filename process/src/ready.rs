@@ -2,6 +2,7 @@
 //!
 //! Called once by each `main.rs`, after everything listens.
 
+use crate::watchdog::Watchdog;
 use sd_notify::NotifyState;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -61,9 +62,18 @@ pub fn announce(what: &str, pid_file: Option<PidFile>) -> io::Result<Announced> 
     if let Some(file) = &pid_file {
         std::fs::rename(&file.partial, &file.path)?;
     }
-    notify(&[NotifyState::Ready]);
+    notify(first_words(Watchdog::of_environment()));
     tracing::info!("ready: {what}");
     Ok(Announced { _pid_file: pid_file })
+}
+
+/// What a process says that serves from now on. The watchdog is fed at once: one that takes over is watched in place of one that
+/// may have fed it long ago, and may be taken over from before it would feed it again.
+fn first_words(watchdog: Option<Watchdog>) -> &'static [NotifyState<'static>] {
+    match watchdog {
+        Some(_) => &[NotifyState::Ready, NotifyState::Watchdog],
+        None => &[NotifyState::Ready],
+    }
 }
 
 impl Announced {
@@ -94,6 +104,13 @@ pub(crate) fn notify(state: &[NotifyState]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_watchdog_is_fed_from_the_first_word_on() {
+        let said = |watchdog| first_words(watchdog).iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(said(None), ["READY=1"]);
+        assert_eq!(said(Watchdog::parse("1000000")), ["READY=1", "WATCHDOG=1"]);
+    }
 
     #[test]
     fn the_pid_file_lives_as_long_as_the_announcement() {

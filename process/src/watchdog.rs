@@ -1,6 +1,6 @@
 //! systemd's watchdog: a process that does not say often enough that it gets on is killed and started again (WatchdogSec=).
 //!
-//! Called by whoever knows what getting on means. No thread and no timer of its own: the caller feeds, and only while work is
+//! Called by whoever knows what getting on means, first by [`crate::ready`]. No thread and no timer of its own: the caller feeds, and only while work is
 //! done. Must not know: what work.
 
 use sd_notify::NotifyState;
@@ -23,7 +23,7 @@ impl Watchdog {
         Self::parse(&std::env::var("WATCHDOG_USEC").ok()?)
     }
 
-    fn parse(microseconds: &str) -> Option<Self> {
+    pub(crate) fn parse(microseconds: &str) -> Option<Self> {
         let limit = Duration::from_micros(microseconds.parse().ok()?);
         (!limit.is_zero()).then_some(Self { limit })
     }
