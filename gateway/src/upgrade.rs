@@ -5,11 +5,11 @@
 //! (which binary) → `child` (starts it) → `channel` and `message` (what they say) → `hand_over` (the old process) and
 //! `take_over` (the new one), `links` for both; `version` lists the versions of what is passed on.
 //!
-//! 1. Proof: config, metadata server, versions. 2. Preparation: the new one gets sockets and sessions, and opens every session
-//! anew, while the old one serves. 3. Commit: session by session, the old one ends what runs, and the new one goes on. Links with a ring go
-//!    over as they are; those without are told to leave, and come back over the listening socket.
-//! Until the commit the old one can have everything back, whatever the new one does; from then on there is no way back: if the
-//! new one dies, the old one ends too, and whoever started it starts it again.
+//! Proof: config, metadata server, versions. Preparation: the new one gets sockets and sessions, and opens every session anew,
+//! while the old one serves. Commit: session by session, the old one ends what runs, and the new one goes on. Links with a ring
+//! go over as they are; those without are told to leave, and come back over the listening socket. Until the commit the old one
+//! can have everything back, whatever the new one does; from then on there is no way back: if the new one dies, the old one ends
+//! too, and whoever started it starts it again.
 //!
 //! `one_writer`, `no_late_duplicate`: a session of the cluster has a new epoch, of which chunkservers hear with its first
 //! command; a file is not touched by the new process before the old one's last operation on it has ended.

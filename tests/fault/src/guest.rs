@@ -35,7 +35,14 @@ impl GuestLoad {
     pub fn start(socket: &Path, history: History, seed: u64) -> Self {
         let told = Arc::new(Told::default());
         let (socket, seen) = (socket.to_owned(), Arc::clone(&told));
-        let thread = std::thread::spawn(move || Runner::new(socket, history, seed, seen)?.run());
+        let thread = std::thread::spawn(move || {
+            let outcome = Runner::new(socket, history, seed, seen).and_then(Runner::run);
+            if let Err(error) = &outcome {
+                // Whoever waits for progress meanwhile is told no more than that there is none.
+                eprintln!("guest's workload: {error:#}");
+            }
+            outcome
+        });
         Self { told, thread }
     }
 

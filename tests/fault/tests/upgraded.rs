@@ -1,11 +1,13 @@
 //! The planned upgrade of the gateway under a verifying load: no client notices, and a new build that fails changes nothing.
 
 use anyhow::{Context, ensure};
+use spline_fault::block;
 use spline_fault::guest::GuestLoad;
 use spline_fault::history::History;
 use spline_fault::workload::{BLOCKS, EXPORT_BYTES, RECOVERY_LIMIT, Workload};
+use spline_harness::nbd::{Connection, Kind};
 use spline_harness::vhost::Shown;
-use spline_harness::{Rig, Stalls, binaries, rounds, wait_until};
+use spline_harness::{Cluster, Process, Rig, Shape, Stalls, binaries, rounds, wait_until};
 use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
@@ -98,7 +100,7 @@ fn a_file_goes_over() {
 }
 
 /// A guest's ring is gone on with: its nebd is not connected anew, nor does it lose an answer.
-fn upgrade_under_a_guest(mut rig: Rig) -> anyhow::Result<()> {
+fn upgrade_under_a_guest(rig: &mut Rig) -> anyhow::Result<()> {
     let volume = rig.create("disk", EXPORT_BYTES)?;
     let export = rig.export_to_guest(&volume, Shown::default())?;
     let load = GuestLoad::start(&export.socket, History::new(BLOCKS), 1);
@@ -120,8 +122,54 @@ fn upgrade_under_a_guest(mut rig: Rig) -> anyhow::Result<()> {
 
 #[test]
 fn a_guests_ring_goes_over() {
-    upgrade_under_a_guest(Rig::file().expect("gateway")).expect("file: no guest notices");
-    upgrade_under_a_guest(Rig::cluster().expect("cluster")).expect("cluster: no guest notices");
+    upgrade_under_a_guest(&mut Rig::file().expect("gateway")).expect("file: no guest notices");
+    upgrade_under_a_guest(&mut Rig::cluster().expect("cluster")).expect("cluster: no guest notices");
+}
+
+/// Writes that chunkservers refused because of their epoch.
+const REFUSED: &str = "spline_chunkserver_requests_total{op=\"write\",outcome=\"fenced\"}";
+
+fn write(client: &mut Connection, version: u64) -> anyhow::Result<()> {
+    client.succeed(Kind::Write, 0, block::BYTES as u32, &block::fill(0, version)).map(drop)
+}
+
+fn read(client: &mut Connection) -> anyhow::Result<u64> {
+    let data = client.succeed(Kind::Read, 0, block::BYTES as u32, &[])?;
+    block::read(0, &data).map_err(anyhow::Error::msg)
+}
+
+/// A write of the old process hangs in the network, is withdrawn and done again by the new one, and a newer one after it is
+/// answered; then it comes, though its process has ended.
+fn a_write_comes_late(mut rig: Rig) -> anyhow::Result<()> {
+    let export = rig.serve("disk", EXPORT_BYTES)?;
+    let mut client = Connection::open(&export.socket, &export.volume, RECOVERY_LIMIT)?;
+    write(&mut client, 1)?;
+    let (mut sender, mut receiver) = client.split()?;
+    let Rig::Cluster(cluster) = &rig else { unreachable!("a cluster") };
+    cluster.hold().arm(&block::fill(0, 2)[..256]);
+    sender.send(Kind::Write, 7, 0, block::BYTES as u32, &block::fill(0, 2))?;
+    cluster.hold().wait_until_held(RECOVERY_LIMIT)?;
+    rig.upgrade(None)?;
+    let answer = receiver.reply()?.context("connection ended")?;
+    ensure!((answer.errno, answer.cookie) == (0, 7), "{answer:?}");
+    let mut client = Connection::open(&export.socket, &export.volume, RECOVERY_LIMIT)?;
+    write(&mut client, 3)?;
+    let Rig::Cluster(cluster) = &mut rig else { unreachable!("a cluster") };
+    let refused = cluster.metric_of_all(REFUSED);
+    cluster.hold().release();
+    wait_until("the late write to be refused", RECOVERY_LIMIT, || {
+        Ok((cluster.metric_of_all(REFUSED) > refused).then_some(()))
+    })?;
+    ensure!(read(&mut client)? == 3);
+    cluster.chunkservers.iter_mut().try_for_each(Process::restart)?;
+    ensure!(read(&mut client)? == 3);
+    Ok(())
+}
+
+#[test]
+fn a_write_of_the_old_process_that_comes_late_does_not_land() {
+    let cluster = Cluster::start_as(&Shape { proxied: true, ..Shape::default() }).expect("cluster");
+    a_write_comes_late(Rig::Cluster(Box::new(cluster))).expect("what was answered last stays");
 }
 
 /// Each build that fails leaves the old gateway serving, and the command says why.
