@@ -8,11 +8,13 @@
 //! Modules in the order in which a request meets them: [`config`] → `listener` → `link` → `registry` → `session` →
 //! `admission` → [`engine`] (`split` → `fanout` for the cluster) and back through `link`; `buffer` and `shared` hold payloads,
 //! `metrics` counts, `service` answers operators, [`upgrade`] replaces the process, `watchdog` tells systemd that all of it gets on.
+//! [`local`] is the file engine without a link, for whoever measures what a link costs.
 
 #![deny(unsafe_code)]
 
 pub mod config;
 pub mod engine;
+pub mod local;
 pub mod upgrade;
 
 mod admission;

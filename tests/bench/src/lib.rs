@@ -3,9 +3,11 @@
 //!
 //! Knows: fio, /proc, the peers' command lines, medians and ratios. Must never know: how a server works inside.
 //! Modules: [`fio`], [`load`] and [`guest`] run one workload, [`rest`] looks at servers that rest, [`cpu`] accounts for the servers, [`peers`] starts the others,
-//! [`floor`] tells what the disk takes, [`report`] makes tables. `src/main.rs` puts them together.
+//! [`floor`] tells what the disk takes, [`report`] makes tables. `src/main.rs` puts them together. [`direct`] is a server of our own
+//! parts without a link, which the split is measured against.
 
 pub mod cpu;
+pub mod direct;
 pub mod fio;
 pub mod floor;
 pub mod guest;

@@ -3,8 +3,8 @@
 use anyhow::Context;
 use clap::Parser;
 use spline_bench::fio::{self, Figures, WORKLOADS, Workload};
-use spline_bench::peers::Peer;
-use spline_bench::report::{Series, table};
+use spline_bench::peers::{self, Peer};
+use spline_bench::report::{Series, against, table};
 use spline_bench::rest::{self, Resting};
 use spline_bench::{cpu, floor, guest, load};
 use spline_harness::storage_daemon::Serving;
@@ -26,7 +26,7 @@ struct Args {
     /// Bytes of each volume that are used; filled with data before the first round.
     #[arg(long, default_value_t = 1 << 30)]
     span: u64,
-    /// Only this part: file, cluster, vhost (a file, as a guest's disk) or vhost-cluster.
+    /// Only this part: file, cluster, vhost (a file, as a guest's disk), vhost-cluster or hop (what the link costs).
     #[arg(long)]
     engine: Option<String>,
     /// Only workloads whose name contains this, such as "4K randwrite".
@@ -117,6 +117,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("vhost") {
         text += &vhost_on_a_file(&args)?;
+    }
+    if wanted("hop") {
+        text += &hop(&args)?;
     }
     if wanted("vhost-cluster") {
         text += &vhost_on_a_cluster(&args)?;
@@ -218,6 +221,45 @@ fn vhost_on_a_file(args: &Args) -> anyhow::Result<String> {
     ))
 }
 
+/// What the split costs: the same device and the same engine in one process, without a link, beside nebd and a gateway.
+fn hop(args: &Args) -> anyhow::Result<String> {
+    let rig = Rig::file()?;
+    let volume = rig.create("disk", args.span)?;
+    let file = rig.dir().join("disk.img");
+    // An engine locks its file: the one without a link has a file of its own, written in the same way.
+    let alone = sized(rig.dir(), "alone", args.span)?;
+    [&file, &alone].into_iter().try_for_each(|file| write_whole(file, args.span))?;
+    let ours = rig.export_to_guest(&volume, Shown { read_only: false, queues: 1 })?;
+    let daemon = StorageDaemon::start(rig.dir(), "daemon", &file, Serving { read_only: false, queues: 1 })?;
+    let direct = peers::direct(rig.dir(), &alone)?;
+    let nebd = ours.nebd.id().context("nebd does not run")?;
+    let targets = [
+        Target::vhost("qemu-storage-daemon", &daemon.socket, daemon.process.id().into_iter().collect()),
+        Target::vhost("one process, no link", direct.socket(), vec![direct.pid()]),
+        Target::vhost(
+            "nebd + gateway",
+            &ours.socket,
+            [Some(nebd), rig.gateway().id()].into_iter().flatten().collect(),
+        ),
+    ];
+    let text = measure(args, &[Client::Own], &targets, rig.dir())?;
+    Ok(format!(
+        "\n## What the link costs\n\nA guest's disk by the `blkio` crate's driver, one virtqueue: nebd and a gateway, nebd's device and the gateway's \
+         engine in one process\nwithout a link, and qemu-storage-daemon with cache.direct=on, aio=io_uring and an iothread.\n{text}"
+    ))
+}
+
+/// Fills a file with bytes that are no zeros.
+fn write_whole(file: &Path, bytes: u64) -> anyhow::Result<()> {
+    let mut file = std::fs::File::options().write(true).open(file)?;
+    let block: Vec<u8> = (0..1u32 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8 | 1).collect();
+    for at in 0..bytes.div_ceil(block.len() as u64) {
+        let rest = (bytes - at * block.len() as u64).min(block.len() as u64);
+        std::io::Write::write_all(&mut file, &block[..rest as usize])?;
+    }
+    file.sync_all().context("filling a file")
+}
+
 /// A volume of one cluster, over NBD and as a guest's disk.
 fn vhost_on_a_cluster(args: &Args) -> anyhow::Result<String> {
     let cluster = Cluster::start()?;
@@ -255,6 +297,7 @@ fn measure(args: &Args, clients: &[Client], targets: &[Target], dir: &Path) -> a
         for client in clients.iter().copied() {
             let rows = rounds(args, client, workload, targets, dir, &mut floors)?;
             text += &table(&format!("{}, {}", workload.name, client.name()), workload.block_bytes, &rows);
+            text += &against(&rows);
         }
     }
     let floor = spline_bench::report::median(&floors);

@@ -1,4 +1,4 @@
-//! The servers that Spline is measured against: `nbdkit file` and `qemu-nbd`, each on a unix socket.
+//! The servers that Spline is measured against, each on a unix socket: `nbdkit file`, `qemu-nbd`, and its own parts without a link.
 
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
@@ -69,6 +69,24 @@ impl Peer {
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
+}
+
+/// Our own device and engine in one process, on `file`; its files lie in `dir`.
+///
+/// # Errors
+/// The binary missing, or not listening within ten seconds.
+pub fn direct(dir: &Path, file: &Path) -> anyhow::Result<Peer> {
+    let binary = std::env::current_exe()?.with_file_name("spline-bench-direct");
+    let socket = dir.join("direct.sock");
+    let mut command = Command::new(binary);
+    command
+        .arg("--file")
+        .arg(file)
+        .arg("--socket")
+        .arg(&socket)
+        .arg("--runtime-dir")
+        .arg(dir.join("run-direct"));
+    Peer::start(command, &socket)
 }
 
 impl Drop for Peer {

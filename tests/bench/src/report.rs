@@ -68,6 +68,33 @@ pub fn table(workload: &str, block_bytes: u32, rows: &[(String, Series)]) -> Str
     text
 }
 
+/// What the last of the servers gives against each of the others: medians of what each round says.
+pub fn against(rows: &[(String, Series)]) -> String {
+    let mut text = String::new();
+    let Some(((name, ours), others)) = rows.split_last() else { return text };
+    for (other, theirs) in others {
+        let each = |of: fn(&Series) -> &Vec<f64>, what: fn(f64, f64) -> f64| {
+            let pairs = of(ours).iter().zip(of(theirs));
+            median(&pairs.map(|(a, b)| what(*a, b.max(f64::MIN_POSITIVE))).collect::<Vec<_>>())
+        };
+        let ratio = |of| each(of, |a, b| a / b);
+        let more = |of| each(of, |a, b| a - b);
+        // Writing to a String can not fail.
+        let _ = writeln!(
+            text,
+            "\n{name} against {other}: IOPS {:.2}, CPU {:.2}, mean latency {:+.1} µs ({:.2}), p50 {:+.1} µs ({:.2}), p99 {:+.1} µs.",
+            ratio(|series| &series.iops),
+            ratio(|series| &series.cpu_us),
+            more(|series| &series.mean_us),
+            ratio(|series| &series.mean_us),
+            more(|series| &series.p50_us),
+            ratio(|series| &series.p50_us),
+            more(|series| &series.p99_us),
+        );
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,6 +104,31 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn the_last_is_set_against_the_others_round_by_round() {
+        let series = |iops: &[f64], us: f64| {
+            let (latency, cpu_us) = (vec![us; iops.len()], vec![us / 10.0; iops.len()]);
+            Series {
+                iops: iops.to_vec(),
+                mean_us: latency.clone(),
+                p50_us: latency.clone(),
+                p99_us: latency,
+                cpu_us,
+            }
+        };
+        let rows = [
+            ("a".to_owned(), series(&[10.0, 100.0, 10.0], 40.0)),
+            ("b".to_owned(), series(&[40.0, 40.0, 40.0], 10.0)),
+            ("c".to_owned(), series(&[20.0, 50.0, 20.0], 50.0)),
+        ];
+        let text = against(&rows);
+        assert!(
+            text.contains("c against a: IOPS 2.00, CPU 1.25, mean latency +10.0 µs (1.25), p50 +10.0"),
+            "{text}"
+        );
+        assert!(text.contains("c against b: IOPS 0.50, CPU 5.00, mean latency +40.0 µs (5.00)"), "{text}");
     }
 
     #[test]

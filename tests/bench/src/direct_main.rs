@@ -1,0 +1,23 @@
+//! `spline-bench-direct`: serves a file to a guest without a link, as the baseline of what the link costs.
+
+use clap::Parser;
+use std::path::PathBuf;
+
+/// Serves a file as a vhost-user-blk device in one process.
+#[derive(Parser, Debug)]
+struct Args {
+    /// The file
+    #[arg(long)]
+    file: PathBuf,
+    /// Where the front-end connects
+    #[arg(long)]
+    socket: PathBuf,
+    /// Directory for status files
+    #[arg(long)]
+    runtime_dir: PathBuf,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    spline_bench::direct::serve(&args.file, &args.socket, args.runtime_dir)
+}
