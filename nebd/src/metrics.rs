@@ -48,6 +48,10 @@ pub struct Families {
     replays: Counters,
     link_up: Gauges,
     link_connects: Counters,
+    link_wakeups: Counters,
+    polls: Counters,
+    poll_hits: Counters,
+    stalls: Counters,
     connections: Gauges,
     connects: Counters,
     protocol_errors: Counters,
@@ -75,6 +79,20 @@ impl Families {
             replays: add(registry, "replays", "Requests sent again after a lost link", Family::default()),
             link_up: add(registry, "link_up", "1 while a gateway serves the volume", Family::default()),
             link_connects: add(registry, "link_connects", "Hellos accepted by a gateway", Family::default()),
+            link_wakeups: add(
+                registry,
+                "link_wakeups",
+                "Times that the gateway slept and had to be woken for requests in a ring",
+                Family::default(),
+            ),
+            polls: add(registry, "polls", "Looks at rings before a sleep", Family::default()),
+            poll_hits: add(
+                registry,
+                "poll_hits",
+                "Looks at rings that made a sleep needless",
+                Family::default(),
+            ),
+            stalls: add(registry, "stalls", "Requests answered later than after 100 ms", Family::default()),
             connections: add(registry, "connections", "Connected clients", Family::default()),
             connects: add(registry, "client_connects", "Clients ever connected", Family::default()),
             protocol_errors: add(
@@ -128,6 +146,10 @@ impl Families {
             replays: self.replays.get_or_create_owned(&owner),
             link_up: self.link_up.get_or_create_owned(&owner),
             link_connects: self.link_connects.get_or_create_owned(&owner),
+            link_wakeups: self.link_wakeups.get_or_create_owned(&owner),
+            polls: self.polls.get_or_create_owned(&owner),
+            poll_hits: self.poll_hits.get_or_create_owned(&owner),
+            stalls: self.stalls.get_or_create_owned(&owner),
             connections: self.connections.get_or_create_owned(&owner),
             connects: self.connects.get_or_create_owned(&owner),
             protocol_errors: self.protocol_errors.get_or_create_owned(&owner),
@@ -152,6 +174,9 @@ struct PerOp {
     latency: Histogram,
 }
 
+/// What a guest notices: a request that takes longer has stalled.
+pub const STALL: Duration = Duration::from_millis(100);
+
 /// The counters of one thread.
 #[derive(Debug)]
 pub struct Metrics {
@@ -166,6 +191,14 @@ pub struct Metrics {
     pub link_up: Gauge,
     /// Accepted hellos.
     pub link_connects: Counter,
+    /// Times that the gateway had to be woken for requests in a ring.
+    pub link_wakeups: Counter,
+    /// Looks at rings before a sleep.
+    pub polls: Counter,
+    /// Those that made it needless.
+    pub poll_hits: Counter,
+    /// Requests answered later than after [`STALL`].
+    pub stalls: Counter,
     /// Connected clients.
     pub connections: Gauge,
     /// Clients ever connected.
@@ -210,6 +243,9 @@ impl Metrics {
         let per_op = &self.ops[place(op)];
         per_op.requests.inc();
         per_op.latency.observe(took.as_secs_f64());
+        if took > STALL {
+            self.stalls.inc();
+        }
         match result {
             Ok(()) => {
                 per_op.bytes.inc_by(length);

@@ -46,6 +46,7 @@ pub struct RingStream {
     /// Frames that the socket has not taken.
     notices: Vec<Notice>,
     pieces: Vec<Piece>,
+    bells_told: u64,
     /// The socket took less than it was given: it is watched for room.
     pub full: bool,
 }
@@ -65,6 +66,7 @@ impl RingStream {
             next_number: 0,
             notices: Vec::new(),
             pieces: Vec::new(),
+            bells_told: 0,
             full: false,
         })
     }
@@ -74,9 +76,10 @@ impl RingStream {
         poller.remove(self.ring.bell());
     }
 
-    /// How often the gateway had to be woken.
-    pub fn bells(&self) -> u64 {
-        self.ring.bells()
+    /// How often the gateway had to be woken since the last time.
+    pub fn new_bells(&mut self) -> u64 {
+        let bells = self.ring.bells();
+        bells - std::mem::replace(&mut self.bells_told, bells)
     }
 
     /// Puts unsent requests into the ring, oldest first, as far as there is room, and shows them to the gateway.
@@ -85,6 +88,9 @@ impl RingStream {
     /// The link ended; the caller calls [`Link::fail`].
     pub fn flush(&mut self, link: &Link, table: &mut Inflight<Asked>) -> Result<(), LinkDown> {
         self.full = false;
+        if !self.notices.is_empty() && !self.tell(link)? {
+            return Ok(());
+        }
         while let Some(window) = link.window() {
             let Some(entry) = table.peek_to_send(window) else { break };
             let (request, context) = (entry.request, &entry.context);

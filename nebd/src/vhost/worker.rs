@@ -236,10 +236,14 @@ impl Worker {
         }
         let answered = *self.answered.get_or_insert_with(Instant::now);
         let mut now = answered;
+        if self.polling.window() > Duration::ZERO {
+            self.setup.metrics.polls.inc();
+        }
         while now - answered < self.polling.window() {
             now = Instant::now();
             if self.queues.values().any(|served| served.can_fetch() && served.queue.has_work()) {
                 self.now = now;
+                self.setup.metrics.poll_hits.inc();
                 return true;
             }
             std::hint::spin_loop();
@@ -320,6 +324,9 @@ impl Worker {
     /// Reports what has come to its end.
     fn finish(&mut self) {
         self.setup.metrics.inflight.set(self.table.len() as i64);
+        if let Carrier::Ring(ring) = &mut self.carrier {
+            self.setup.metrics.link_wakeups.inc_by(ring.new_bells());
+        }
         let stopped = self.queues.iter().filter(|(_, served)| served.has_stopped());
         let stopped: Vec<u16> = stopped.map(|(queue, _)| *queue).collect();
         for queue in stopped {

@@ -75,7 +75,7 @@ impl Rig {
                 listener: Listener::unix(&path).expect("binds"),
                 status: StatusFile::claim(dir.path(), Kind::Vhost, "disk0").expect("claims"),
             },
-            hello: Gateway::hello(),
+            hello: Gateway::hello(false),
             workers: orders.clone(),
             reports: Arc::clone(&reports),
             metrics: families.of("disk0", "vhost"),
@@ -97,7 +97,7 @@ impl Rig {
             let hello = rig.join(worker);
             assert_eq!((hello.mode, hello.force), (Mode::Open, false));
             assert_eq!(hello.identity, Some(Identity::new(0, 7).expect("not zero")));
-            assert_ne!(hello.instance, Gateway::hello().instance);
+            assert_ne!(hello.instance, Gateway::hello(false).instance);
         }
         rig
     }

@@ -24,11 +24,11 @@ impl Pair {
     fn new() -> Self {
         let mut listener = Gateway::new();
         let now = Instant::now();
-        let mut link = Link::new(listener.path(), Gateway::hello(), now);
+        let mut link = Link::new(listener.path(), Gateway::hello(false), now);
         let poller = Poller::new().expect("poller");
         link.tick(now, &poller, 0).expect("connects");
         let (gateway, _) = listener.accept(OnUnavailable::Wait);
-        let gateway = gateway.0;
+        let gateway = gateway.socket;
         assert!(link.greet(now).expect("accepts").is_some());
         Self {
             link,
@@ -65,6 +65,7 @@ impl Pair {
                     done.push(entry.request.id);
                 }
                 Event::Resized(size) => panic!("resized to {size}"),
+                Event::Renewed => panic!("renewed"),
             }
         })?;
         Ok(done)

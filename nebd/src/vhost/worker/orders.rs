@@ -123,7 +123,10 @@ impl Worker {
 
     /// Asks for something harmless, whose answer proves that whatever was sent before on another link has ended.
     pub(super) fn probe(&mut self) {
-        if !self.lost {
+        // One is enough: it is sent again on each link until it is answered.
+        let mut is_asked = false;
+        self.table.contexts_mut(|asked| is_asked |= matches!(asked, Asked::Probe));
+        if !self.lost && !is_asked {
             self.table.admit((BlockOp::Flush, ByteRange::EMPTY, false), Asked::Probe, self.now);
         }
     }

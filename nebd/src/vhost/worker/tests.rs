@@ -8,7 +8,8 @@ use crate::vhost::inflight::InflightRegion;
 use prometheus_client::registry::Registry;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use spline_link::{Identity, Mode, Refusal, VolumeTraits};
-use spline_types::{BlockOp, BlockSize, Epoch, Geometry, OnUnavailable};
+use spline_types::{BlockOp, BlockSize, Epoch, Geometry, OnUnavailable, RequestId};
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
@@ -18,6 +19,32 @@ use std::thread::JoinHandle;
 const STATUS: u64 = BUFFERS + (3 << 20);
 /// Where a test's headers lie.
 const HEADERS: u64 = BUFFERS + (2 << 20);
+
+thread_local! {
+    /// Whether the worker of this test offers a ring.
+    static RING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Each test twice: with a link whose requests travel over its socket, and with one that has a ring.
+macro_rules! on_both {
+    ($name:ident, $body:block) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn over_the_socket() {
+                RING.set(false);
+                $body
+            }
+
+            #[test]
+            fn over_a_ring() {
+                RING.set(true);
+                $body
+            }
+        }
+    };
+}
 
 struct Place {
     gateway: Gateway,
@@ -57,7 +84,7 @@ impl Place {
 
     /// A worker whose gateway has not answered yet.
     fn unwelcomed() -> Self {
-        Self::with(Some(Gateway::hello()))
+        Self::with(Some(Gateway::hello(RING.get())))
     }
 
     fn with(hello: Option<Hello>) -> Self {
@@ -83,7 +110,7 @@ impl Place {
         };
         let worker = Worker::new(setup, hello).expect("makes");
         let thread = std::thread::spawn(|| worker.run());
-        let link = GatewayLink(UnixStream::pair().expect("a pair").0);
+        let link = GatewayLink::unconnected();
         let (kick, call, error) = (bell(), bell(), bell());
         let driver = Driver::new(64);
         Self { gateway, link, driver, kick, call, error, orders, reports, size, thread: Some(thread) }
@@ -177,8 +204,7 @@ impl Drop for Place {
     }
 }
 
-#[test]
-fn requests_are_carried_out_and_answered_once() {
+on_both!(requests_are_carried_out_and_answered_once, {
     let mut place = Place::serving();
     place.driver.put(BUFFERS, &[7; 4096]);
     place.write(0, 8, 0, 4096);
@@ -196,10 +222,9 @@ fn requests_are_carried_out_and_answered_once() {
     assert_eq!((place.used(), place.status(8)), (vec![(8, 1)], 1));
     place.link.say(Message::Resized { size: 2 << 30 });
     assert!(matches!(place.report(), Report::Resized { size } if size == 2 << 30));
-}
+});
 
-#[test]
-fn a_guest_that_is_early_waits_until_the_volume_is_known() {
+on_both!(a_guest_that_is_early_waits_until_the_volume_is_known, {
     let mut place = Place::unwelcomed();
     place.start(None);
     place.write(0, 8, 0, 512);
@@ -213,10 +238,9 @@ fn a_guest_that_is_early_waits_until_the_volume_is_known() {
     let (request, _) = place.link.request();
     place.link.done(request.id, &[]);
     assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 0));
-}
+});
 
-#[test]
-fn a_guest_may_use_what_another_worker_has_heard_of() {
+on_both!(a_guest_may_use_what_another_worker_has_heard_of, {
     let mut place = Place::serving();
     let end = place.size.load(Ordering::Acquire);
     place.write(0, end / 512, 0, 512);
@@ -228,16 +252,15 @@ fn a_guest_may_use_what_another_worker_has_heard_of() {
     assert_eq!(request.range.offset(), end);
     place.link.done(request.id, &[]);
     assert_eq!((place.used(), place.status(4)), (vec![(4, 1)], 0));
-}
+});
 
-#[test]
-fn replay_before_new() {
+on_both!(replay_before_new, {
     let mut place = Place::serving();
     place.driver.put(BUFFERS, &[1; 512]);
     place.write(0, 0, 0, 512);
     place.read(4, 1, 4096, 512);
     let first: Vec<_> = (0..2).map(|_| place.link.request().0).collect();
-    place.link.0.shutdown(std::net::Shutdown::Both).expect("shuts");
+    place.link.hang_up();
     place.write(8, 2, 0, 512);
     let (link, mode) = place.gateway.accept(OnUnavailable::Wait);
     place.link = link;
@@ -254,10 +277,9 @@ fn replay_before_new() {
         used.extend(place.used());
     }
     assert_eq!(used, [(0, 1), (4, 513), (8, 1)]);
-}
+});
 
-#[test]
-fn a_queue_stops_when_everything_is_answered() {
+on_both!(a_queue_stops_when_everything_is_answered, {
     let mut place = Place::serving();
     place.write(0, 0, 0, 512);
     let (request, _) = place.link.request();
@@ -269,10 +291,9 @@ fn a_queue_stops_when_everything_is_answered() {
     place.link.done(request.id, &[]);
     assert_eq!(place.done(), Done::Stopped { queue: 0, next_available: 1 }, "the second was not fetched");
     assert_eq!(place.driver.used(), [(0, 1)], "answered before it stopped");
-}
+});
 
-#[test]
-fn what_an_abandoned_connection_sent_is_waited_for() {
+on_both!(what_an_abandoned_connection_sent_is_waited_for, {
     let mut place = Place::serving();
     place.read(0, 0, 0, 512);
     let (request, _) = place.link.request();
@@ -283,16 +304,17 @@ fn what_an_abandoned_connection_sent_is_waited_for() {
     assert!(place.reports.take().is_empty(), "the read is still under way");
     place.link.done(request.id, &[9; 512]);
     assert_eq!(place.done(), Done::Abandoned);
-    assert_eq!((place.driver.used(), place.status(0)), (vec![], 0xff), "its memory is left alone");
-    assert_eq!(place.driver.get(BUFFERS, 512), [0; 512]);
-}
+    assert_eq!((place.driver.used(), place.status(0)), (vec![], 0xff), "nobody is told");
+    // A gateway that has the memory writes to it until the read has ended, and it ended before that was reported.
+    let data = if RING.get() { 9 } else { 0 };
+    assert_eq!(place.driver.get(BUFFERS, 512), [data; 512]);
+});
 
-#[test]
-fn what_an_abandoned_connection_sent_is_not_sent_again() {
+on_both!(what_an_abandoned_connection_sent_is_not_sent_again, {
     let mut place = Place::serving();
     place.write(0, 0, 0, 512);
     place.link.request();
-    place.link.0.shutdown(std::net::Shutdown::Both).expect("shuts");
+    place.link.hang_up();
     place.write(4, 0, 0, 512);
     place.orders.put(Order::Abandon);
     let (mut link, _) = place.gateway.accept(OnUnavailable::Wait);
@@ -307,10 +329,9 @@ fn what_an_abandoned_connection_sent_is_not_sent_again() {
     assert!(matches!(reports[..], [Report::Accepted(_)]), "{reports:?}");
     place.start(None);
     place.link = link;
-}
+});
 
-#[test]
-fn a_broken_queue_is_told_and_can_be_started_anew() {
+on_both!(a_broken_queue_is_told_and_can_be_started_anew, {
     let mut place = Place::serving();
     place.driver.describe(0, BUFFERS, 16, 1, 0);
     place.kick_off(0);
@@ -324,10 +345,9 @@ fn a_broken_queue_is_told_and_can_be_started_anew() {
     let (request, _) = place.link.request();
     place.link.done(request.id, &[]);
     assert_eq!(place.used(), [(0, 1)]);
-}
+});
 
-#[test]
-fn a_lost_volume_fails_requests_until_it_is_had_again() {
+on_both!(a_lost_volume_fails_requests_until_it_is_had_again, {
     let mut place = Place::serving();
     place.write(0, 0, 0, 512);
     place.link.request();
@@ -345,21 +365,19 @@ fn a_lost_volume_fails_requests_until_it_is_had_again() {
     let (request, _) = place.link.request();
     place.link.done(request.id, &[]);
     assert_eq!((place.used(), place.status(8)), (vec![(8, 1)], 0));
-}
+});
 
-#[test]
-fn requests_fail_when_the_policy_says_so() {
+on_both!(requests_fail_when_the_policy_says_so, {
     let mut place = Place::new(OnUnavailable::FailAfter(Duration::from_millis(50)));
     place.start(None);
     place.write(0, 0, 0, 512);
     place.link.request();
     place.gateway.close();
-    place.link.0.shutdown(std::net::Shutdown::Both).expect("shuts");
+    place.link.hang_up();
     assert_eq!((place.used(), place.status(0)), (vec![(0, 1)], 1));
-}
+});
 
-#[test]
-fn a_worker_that_comes_after_another_carries_out_what_that_left() {
+on_both!(a_worker_that_comes_after_another_carries_out_what_that_left, {
     let (fd, length) = InflightRegion::create(1, 64).expect("creates");
     let region = || Arc::new(InflightRegion::adopt(fd.as_fd(), (0, length), 1, 64).expect("adopts"));
     let mut place = Place::new(OnUnavailable::Wait);
@@ -385,36 +403,32 @@ fn a_worker_that_comes_after_another_carries_out_what_that_left() {
         used.extend(next.used());
     }
     assert_eq!(used, [(8, 1), (4, 1)]);
-}
+});
 
-#[test]
-fn it_says_goodbye() {
-    let place = Place::serving();
-    let mut link = GatewayLink(place.link.0.try_clone().expect("duplicates"));
+on_both!(it_says_goodbye, {
+    let mut place = Place::serving();
+    let mut link = std::mem::replace(&mut place.link, GatewayLink::unconnected());
     drop(place);
     assert!(link.says_goodbye());
-}
+});
 
-#[test]
-fn a_worker_that_joins_a_served_volume_does_not_give_it_up() {
+on_both!(a_worker_that_joins_a_served_volume_does_not_give_it_up, {
     let mut place = Place::with(None);
-    let hello = Hello { identity: Identity::new(0, 1), ..Gateway::hello() };
+    let hello = Hello { identity: Identity::new(0, 1), ..Gateway::hello(RING.get()) };
     place.orders.put(Order::Join(Box::new(hello)));
     assert_eq!(place.done(), Done::Other);
     // The first worker's guest is being served: an error that may pass must not end its disk.
     place.gateway.refuse(Refusal::Internal);
     place.welcome(OnUnavailable::Wait);
-}
+});
 
-#[test]
-fn a_guest_that_a_killed_process_did_not_notify_is_notified_at_the_start() {
+on_both!(a_guest_that_a_killed_process_did_not_notify_is_notified_at_the_start, {
     let mut place = Place::new(OnUnavailable::Wait);
     place.start(None);
     await_ready(place.call.as_fd(), "a notification");
-}
+});
 
-#[test]
-fn what_was_asked_before_another_had_the_volume_is_not_written_over_what_that_one_wrote() {
+on_both!(what_was_asked_before_another_had_the_volume_is_not_written_over_what_that_one_wrote, {
     let (fd, length) = InflightRegion::create(1, 64).expect("creates");
     let region = Arc::new(InflightRegion::adopt(fd.as_fd(), (0, length), 1, 64).expect("adopts"));
     let mut place = Place::new(OnUnavailable::Wait);
@@ -435,10 +449,9 @@ fn what_was_asked_before_another_had_the_volume_is_not_written_over_what_that_on
     let (request, _) = place.link.request();
     place.link.done(request.id, &[]);
     assert_eq!((place.used(), place.status(4)), (vec![(4, 1)], 0));
-}
+});
 
-#[test]
-fn a_chain_waits_a_moment_for_memory_that_was_taken_away() {
+on_both!(a_chain_waits_a_moment_for_memory_that_was_taken_away, {
     let mut place = Place::serving();
     place.write(0, 0, 0, 512);
     let (request, _) = place.link.request();
@@ -448,4 +461,75 @@ fn a_chain_waits_a_moment_for_memory_that_was_taken_away() {
     place.driver.chain(4, &[(1 << 50, 16, false), (STATUS + 4, 1, true)]);
     place.kick_off(4);
     assert!(matches!(place.report(), Report::Broken { queue: 0, why: QueueError::Outside(_) }));
+});
+
+#[test]
+fn what_a_gateway_withdrew_is_sent_again_on_the_same_link() {
+    RING.set(true);
+    let mut place = Place::serving();
+    for head in [0, 4, 8] {
+        place.write(head, u64::from(head), u64::from(head) * 512, 512);
+    }
+    let ids: Vec<_> = (0..3).map(|_| place.link.request().0.id).collect();
+    place.link.withdraw(ids[2]);
+    place.link.done(ids[1], &[]);
+    place.link.withdraw(ids[0]);
+    assert_eq!(place.used(), [(4, 1)], "the guest hears nothing of the others");
+    place.link.say(Message::Renewed { epoch: Epoch::new(9) });
+    for (id, head) in [(ids[0], 0), (ids[2], 8)] {
+        let (request, _) = place.link.request();
+        assert_eq!((request.id, request.range.offset()), (id, 512 * u64::from(head as u16)));
+        place.link.done(id, &[]);
+    }
+    let mut used = place.used();
+    while used.len() < 2 {
+        used.extend(place.used());
+    }
+    assert_eq!(used, [(0, 1), (8, 1)]);
+    // The next link resumes the session of the process that took over.
+    place.link.hang_up();
+    let (link, mode) = place.gateway.accept(OnUnavailable::Wait);
+    place.link = link;
+    assert_eq!(mode, Mode::Resume { epoch: Epoch::new(9) });
+    assert!(matches!(place.report(), Report::Accepted(_)));
 }
+
+#[test]
+fn memory_is_passed_on_once_and_taken_back_when_it_is_gone() {
+    RING.set(true);
+    let mut place = Place::serving();
+    for head in [0, 4] {
+        place.write(head, 0, 0, 512);
+        let (request, _) = place.link.request();
+        place.link.done(request.id, &[]);
+        place.used();
+    }
+    assert_eq!(place.link.regions(), [0]);
+    // The guest begins anew with other memory; the front-end keeps nothing of the old.
+    place.orders.put(Order::Stop { queue: 0 });
+    assert_eq!(place.done(), Done::Stopped { queue: 0, next_available: 2 });
+    place.driver = Driver::new(64);
+    place.start(None);
+    place.write(0, 0, 0, 512);
+    let (request, _) = place.link.request();
+    assert_eq!(place.link.regions(), [0, 1], "the new one is told before the request that names it");
+    place.link.done(request.id, &[]);
+    // Taken back in a quiet moment.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while place.link.regions() != [1] {
+        assert!(Instant::now() < deadline, "the old region is not taken back");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+on_both!(an_answer_that_nobody_asked_for_cuts_the_link, {
+    let mut place = Place::serving();
+    place.write(0, 0, 0, 512);
+    let (request, _) = place.link.request();
+    place.link.done(RequestId::new(request.id.get() + 1), &[]);
+    place.welcome(OnUnavailable::Wait);
+    let (again, _) = place.link.request();
+    assert_eq!(again, request, "what was not answered is sent again");
+    place.link.done(again.id, &[]);
+    assert_eq!(place.used(), [(0, 1)]);
+});
