@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::link::ring::{Freeze, Frozen};
+use crate::watchdog::progress;
 use spline_link::memory::SharedMemory;
 use spline_link::ring::{NebdRing, Piece, RingAnswer, RingFds};
 use spline_link::{FEATURE_RING, passing};
@@ -310,11 +311,20 @@ async fn a_link_over_its_socket_can_not_be_given_away() {
 }
 
 #[tokio::test]
-async fn a_link_tells_that_its_task_runs() {
+async fn progress_is_what_every_link_makes_and_nothing_less() {
     let bench = Bench::new(64, Duration::from_secs(60));
-    let _nebd = bench.link(1, Mode::Open).await;
+    let mut nebd = bench.link(1, Mode::Open).await;
+    nebd.request(1, BlockOp::Write, 0, 512, &[0; 512]).await;
+    bench.until(|log| log.contains(&("start", 1))).await;
+    let served = tokio::time::timeout(PATIENCE, progress(&bench.links.registry)).await;
+    served.expect("a request that waits for its disk is no reason");
+    // A member whose task does nothing.
     let session = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
-    let (probe, answered) = oneshot::channel();
-    assert!(session.links_orders()[0].send(Order::Probe(probe)).is_ok());
-    tokio::time::timeout(PATIENCE, answered).await.expect("in time").expect("answers");
+    let (socket, _theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    let socket = Arc::new(socket.into());
+    let hangs = session.join(Caller { instance: InstanceId(77), socket: &socket, ring: true });
+    let hung = tokio::time::timeout(Duration::from_millis(50), progress(&bench.links.registry)).await;
+    assert!(hung.is_err(), "it has not answered");
+    drop(hangs);
+    tokio::time::timeout(PATIENCE, progress(&bench.links.registry)).await.expect("it is gone");
 }
