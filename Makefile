@@ -8,7 +8,7 @@ ROUNDS ?= 20
 CASES ?= 20000
 FUZZ_SECONDS ?= 600
 FUZZ_TOOLCHAIN ?= nightly
-FUZZ_TARGETS = nbd link wire wal virtqueue vhost_user inflight
+FUZZ_TARGETS = nbd link ring wire wal virtqueue vhost_user inflight
 TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
 	qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-system-common \
 	mmdebstrap:mmdebstrap python3:python3 systemd-nspawn:systemd-container
