@@ -226,15 +226,19 @@ impl EventLoop {
             return false;
         }
         let since = *self.awaiting.get_or_insert_with(Instant::now);
-        loop {
+        let mut looks = since.elapsed() < self.polling.window();
+        if looks {
+            self.volume.metrics.polls.inc();
+        }
+        while looks {
             if self.carrier.has_answers() {
+                self.volume.metrics.poll_hits.inc();
                 return true;
             }
-            if since.elapsed() >= self.polling.window() {
-                return false;
-            }
             std::hint::spin_loop();
+            looks = since.elapsed() < self.polling.window();
         }
+        false
     }
 
     /// The gateway serves the volume for the first time: clients may come.
@@ -442,6 +446,7 @@ impl EventLoop {
             if let Err(why) = self.carrier.flush(&self.link, &mut self.volume, &self.poller, LINK) {
                 self.link_failed(&why)?;
             }
+            self.volume.metrics.link_wakeups.inc_by(self.carrier.new_bells());
             self.want_back();
             let caught_up = self.flush_clients();
             let more = self.take_stock() | self.volume.area.is_relieved() | caught_up;

@@ -49,6 +49,9 @@ pub enum Answer {
     Extents(Vec<Extent>),
 }
 
+/// Whom to tell what.
+pub type Ended = (Origin, Result<Answer, Fault>);
+
 /// The volume.
 #[derive(Debug)]
 pub struct Volume {
@@ -139,7 +142,7 @@ impl Volume {
         id: RequestId,
         completion: Completion,
         payload: usize,
-    ) -> Result<Option<(Origin, Result<Answer, Fault>)>, LinkDown> {
+    ) -> Result<Option<Ended>, LinkDown> {
         let entry = self.inflight.sent(id).ok_or(LinkDown::WrongAnswer(id))?;
         let request = entry.request;
         let found = match (&completion, request.op, &entry.context.data) {

@@ -131,6 +131,14 @@ impl Carrier {
         }
     }
 
+    /// How often the gateway had to be woken since the last time.
+    pub fn new_bells(&mut self) -> u64 {
+        match &mut self.means {
+            Means::Ring(ring) => ring.new_bells(),
+            Means::None | Means::Socket(_) => 0,
+        }
+    }
+
     /// Whether one is awaited there.
     pub fn is_asked(&self) -> bool {
         matches!(&self.means, Means::Ring(ring) if ring.is_asked())

@@ -29,6 +29,7 @@ pub struct RingStream {
     known: Vec<(u32, Rc<Area>)>,
     next_number: u32,
     pieces: Vec<Piece>,
+    bells_told: u64,
     /// The socket had no room for a frame.
     full: bool,
 }
@@ -42,12 +43,18 @@ impl RingStream {
         // Edge-triggered: a bell is never read, each ring of it is an event.
         poller.add(ring.bell(), token, EventFlags::IN | EventFlags::ET)?;
         let (known, pieces) = (Vec::new(), Vec::new());
-        Ok(Self { ring, partial: left_over, known, next_number: 0, pieces, full: false })
+        Ok(Self { ring, partial: left_over, known, next_number: 0, pieces, bells_told: 0, full: false })
     }
 
     /// Watches the bell no more: the gateway holds it too, so that closing it would not end that.
     pub fn close(&self, poller: &Poller) {
         poller.remove(self.ring.bell());
+    }
+
+    /// How often the gateway had to be woken since the last time.
+    pub fn new_bells(&mut self) -> u64 {
+        let bells = self.ring.bells();
+        bells - std::mem::replace(&mut self.bells_told, bells)
     }
 
     /// The socket had no room for a frame.

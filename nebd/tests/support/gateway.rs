@@ -22,6 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// What the gateway does with requests.
+#[allow(dead_code, reason = "not every test that shares this file needs all of it")]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Manner {
     Answer,
@@ -41,6 +42,7 @@ pub(crate) enum Manner {
     Lie,
 }
 
+#[allow(dead_code, reason = "not every test that shares this file needs all of it")]
 #[derive(Debug)]
 pub(crate) struct Control {
     pub(crate) manner: Manner,
