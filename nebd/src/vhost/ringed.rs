@@ -17,14 +17,14 @@ use spline_link::{HEADER_BYTES, Header, Message};
 use spline_types::BlockOp;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-/// A guest's memory that requests name, and the numbers of its regions on this link.
+/// A guest's memory that requests name, and its regions with their numbers on this link. Kept by others: other workers know it too.
 #[derive(Debug)]
 struct Known {
-    memory: Arc<GuestMemory>,
-    numbers: Vec<u32>,
+    memory: Weak<GuestMemory>,
+    regions: Vec<(Weak<Region>, u32)>,
 }
 
 /// A frame that passes a region on, or takes it back.
@@ -98,13 +98,12 @@ impl RingStream {
             if let Asked::Guest(guest) = context
                 && matches!(request.op, BlockOp::Read | BlockOp::Write)
             {
-                let memory = Arc::clone(&guest.memory);
-                let known = match self.known.iter().rposition(|known| Arc::ptr_eq(&known.memory, &memory)) {
+                let is_it = |known: &Known| std::ptr::eq(known.memory.as_ptr(), Arc::as_ptr(&guest.memory));
+                let known = match self.known.iter().rposition(is_it) {
                     Some(known) => known,
-                    None => self.learn(&memory),
+                    None => self.learn(&guest.memory),
                 };
-                let numbers = &self.known[known].numbers;
-                gather(&mut self.pieces, &guest.data, numbers);
+                gather(&mut self.pieces, &guest.data, &self.known[known].regions);
             }
             if !self.ring.has_room(self.pieces.len())? || !self.tell(link)? {
                 break;
@@ -118,7 +117,7 @@ impl RingStream {
 
     /// Gives numbers to the regions of a memory; those of another memory keep theirs.
     fn learn(&mut self, memory: &Arc<GuestMemory>) -> usize {
-        let mut numbers = Vec::with_capacity(memory.regions().len());
+        let mut regions = Vec::with_capacity(memory.regions().len());
         for region in memory.regions() {
             let number = self.number_of(region).unwrap_or_else(|| {
                 let number = self.next_number;
@@ -126,34 +125,31 @@ impl RingStream {
                 self.notices.push(Notice::Region(number, Arc::clone(region)));
                 number
             });
-            numbers.push(number);
+            regions.push((Arc::downgrade(region), number));
         }
-        self.known.push(Known { memory: Arc::clone(memory), numbers });
+        self.known.push(Known { memory: Arc::downgrade(memory), regions });
         self.known.len() - 1
     }
 
     fn number_of(&self, region: &Arc<Region>) -> Option<u32> {
-        self.known.iter().rev().find_map(|known| {
-            let at = known.memory.regions().position(|other| Arc::ptr_eq(other, region))?;
-            known.numbers.get(at).copied()
-        })
+        let all = self.known.iter().rev().flat_map(|known| &known.regions);
+        all.into_iter()
+            .find(|(other, _)| std::ptr::eq(other.as_ptr(), Arc::as_ptr(region)))
+            .map(|found| found.1)
     }
 
-    /// Forgets memories that no request and no queue has any more, but the last, and takes regions back that were only theirs.
+    /// Forgets memories that no request and no queue has any more, and takes regions back that were only theirs.
     pub fn forget_memories(&mut self) {
-        let last = self.known.len().saturating_sub(1);
-        let is_gone = |at: usize, known: &Known| at < last && Arc::strong_count(&known.memory) == 1;
-        if !self.known.iter().enumerate().any(|(at, known)| is_gone(at, known)) {
-            return;
-        }
-        let before = std::mem::take(&mut self.known);
-        let (gone, left): (Vec<_>, Vec<_>) =
-            before.into_iter().enumerate().partition(|(at, known)| is_gone(*at, known));
-        self.known = left.into_iter().map(|(_, known)| known).collect();
-        let mut unused: Vec<u32> = gone.iter().flat_map(|(_, known)| known.numbers.iter().copied()).collect();
+        let is_gone = |known: &Known| known.memory.strong_count() == 0;
+        let (gone, left): (Vec<_>, Vec<_>) = std::mem::take(&mut self.known).into_iter().partition(is_gone);
+        self.known = left;
+        let mut unused: Vec<u32> =
+            gone.iter().flat_map(|known| &known.regions).map(|region| region.1).collect();
         unused.sort_unstable();
         unused.dedup();
-        unused.retain(|number| !self.known.iter().any(|known| known.numbers.contains(number)));
+        let is_used =
+            |number: &u32| self.known.iter().any(|known| known.regions.iter().any(|r| r.1 == *number));
+        unused.retain(|number| !is_used(number));
         self.notices.extend(unused.into_iter().map(Notice::Gone));
     }
 
@@ -297,9 +293,9 @@ impl Notice {
 
 /// A request's segments as pieces of numbered regions; those that adjoin each other are one. A request that the worker has
 /// taken has at most [`PIECES_MAX`].
-fn gather(pieces: &mut Vec<Piece>, segments: &[Segment], numbers: &[u32]) {
+fn gather(pieces: &mut Vec<Piece>, segments: &[Segment], regions: &[(Weak<Region>, u32)]) {
     for segment in segments {
-        let region = numbers.get(segment.region as usize).copied().unwrap_or(u32::MAX);
+        let region = regions.get(segment.region as usize).map_or(u32::MAX, |region| region.1);
         match pieces.last_mut() {
             Some(last)
                 if last.region == region

@@ -520,6 +520,13 @@ fn memory_is_passed_on_once_and_taken_back_when_it_is_gone() {
         assert!(Instant::now() < deadline, "the old region is not taken back");
         std::thread::sleep(Duration::from_millis(10));
     }
+    place.orders.put(Order::Abandon);
+    assert_eq!(place.done(), Done::Abandoned);
+    place.driver = Driver::new(64);
+    while !place.link.regions().is_empty() {
+        assert!(Instant::now() < deadline, "memory of a front-end that has gone is kept");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 on_both!(an_answer_that_nobody_asked_for_cuts_the_link, {
