@@ -119,8 +119,8 @@ async fn a_file_is_served_from_shared_memory() {
     let shapes: [(u64, Vec<Piece>); 4] = [
         (0, vec![piece(0, 0, 65536)]),
         (1 << 20, vec![piece(0, 100_000, 300_000)]),
-        (2 << 20, (0..40).map(|i| piece(0, 1 << 20 | i * 8192, 4096)).collect()),
-        ((3 << 20) + 512, vec![piece(0, 3 << 20 | 7, 100), piece(0, 4 << 20, 412)]),
+        (2 << 20, (0..40).map(|i| piece(0, (1 << 20) + i * 8192, 4096)).collect()),
+        ((3 << 20) + 512, vec![piece(0, (3 << 20) + 7, 100), piece(0, 4 << 20, 412)]),
     ];
     for (round, (offset, pieces)) in shapes.iter().enumerate() {
         let length = pieces.iter().map(|piece| u64::from(piece.length)).sum();
@@ -205,7 +205,8 @@ async fn what_makes_no_sense_cuts_the_link_and_no_other() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let (gateway, volume) = file_gateway(dir.path(), |_| {}).await;
     let mut other = RingNebd::open(connect(&gateway).await, &volume).await;
-    let bad: [(&str, fn(&mut RingNebd)); 5] = [
+    type Act = fn(&mut RingNebd);
+    let bad: [(&str, Act); 5] = [
         ("a region that is not there", |nebd| {
             nebd.push(&request(1, BlockOp::Read, 0, 512), &[piece(9, 0, 512)]);
         }),

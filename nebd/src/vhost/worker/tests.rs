@@ -11,7 +11,6 @@ use spline_link::{Identity, Mode, Refusal, VolumeTraits};
 use spline_types::{BlockOp, BlockSize, Epoch, Geometry, OnUnavailable, RequestId};
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
