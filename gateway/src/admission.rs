@@ -65,11 +65,12 @@ impl Limits {
         let mut granted = Vec::new();
         let mut queue = self.queue();
         while let Some(first) = queue.front() {
-            // Whoever does not wait any more is passed over.
-            if !first.ready.is_closed() && !self.take(first.bytes) {
+            // Whoever does not wait any more is passed over. Asked once: who goes after that gives back what was taken for it.
+            let gone = first.ready.is_closed();
+            if !gone && !self.take(first.bytes) {
                 break;
             }
-            granted.extend(queue.pop_front().filter(|waiter| !waiter.ready.is_closed()));
+            granted.extend(queue.pop_front().filter(|_| !gone));
         }
         self.waiting.store(queue.len(), Ordering::SeqCst);
         drop(queue);

@@ -130,7 +130,11 @@ pub(crate) async fn go_on(frozen: ring::Frozen, session: Arc<Session>, links: Ar
     let link = ring.and_then(|ring| ring::RingLink::new(control, ring, frozen.facts, &session, &links));
     let link = match link.and_then(|link| link.going_on(frozen.regions)) {
         Ok(link) => link,
-        Err(error) => return warn!(%volume, %error, "link can not be gone on with, nebd will connect again"),
+        Err(error) => {
+            warn!(%volume, %error, "link can not be gone on with, nebd will connect again");
+            drop(membership);
+            return links.registry.link_left(session, false);
+        }
     };
     links.metrics.links.inc();
     let detached = link.run(membership, socket, links.drain_limit).await;
@@ -164,6 +168,13 @@ async fn next_signal(membership: &mut Membership) -> Signal {
             }
         }
     }
+}
+
+/// A link that winds up hears no orders any more: it waits for requests, maybe for long, and whoever asks whether its task runs
+/// must not wait for it.
+fn hear_no_more(membership: &mut Membership) {
+    membership.orders.close();
+    while membership.orders.try_recv().is_ok() {}
 }
 
 /// Waits until a link's predecessors have ended.

@@ -2,7 +2,7 @@
 //!
 //! Made by the link, used by engines. Knows: what is mapped. Must not know: requests, sockets. `guest_cannot_crash_us`: a piece is
 //! checked against its region before it becomes data; bytes of memory that could vanish are only touched by the kernel.
-//! `bounded`: at most [`REGIONS_MAX`] regions for each link.
+//! `bounded`: at most [`REGIONS_MAX`] regions for each link, [`REGIONS_IN_ALL_MAX`] for all.
 #![allow(unsafe_code)]
 
 use smallvec::SmallVec;
@@ -10,15 +10,37 @@ use spline_link::memory::SharedMemory;
 pub(crate) use spline_link::memory::Vanished;
 use spline_link::ring::Piece;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Regions of one link: a guest's 509, and room for those of before while requests still use them.
 pub(crate) const REGIONS_MAX: usize = 1100;
+
+/// Regions of all links of this process: half of the mappings that Linux allows a process by default (vm.max_map_count).
+const REGIONS_IN_ALL_MAX: usize = 32_768;
+/// How many there are.
+static REGIONS: AtomicUsize = AtomicUsize::new(0);
+
+/// A region, counted for as long as it is mapped.
+struct Region(SharedMemory);
+
+impl Region {
+    fn new(memory: SharedMemory) -> Option<Self> {
+        let more = |count: usize| (count < REGIONS_IN_ALL_MAX).then_some(count + 1);
+        REGIONS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self(memory))
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        REGIONS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// The regions of a link at one time. Another set is another table, which shares what stays.
 #[derive(Clone, Default)]
 pub(crate) struct Regions {
     /// By number.
-    list: Vec<(u32, Arc<SharedMemory>)>,
+    list: Vec<(u32, Arc<Region>)>,
 }
 
 impl Regions {
@@ -29,7 +51,7 @@ impl Regions {
             return None;
         }
         let mut list = self.list.clone();
-        list.push((number, Arc::new(memory)));
+        list.push((number, Arc::new(Region::new(memory)?)));
         Some(Self { list })
     }
 
@@ -43,7 +65,7 @@ impl Regions {
 
     /// All of them by number, to be passed on.
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (u32, &SharedMemory)> {
-        self.list.iter().map(|(number, memory)| (*number, &**memory))
+        self.list.iter().map(|(number, region)| (*number, &region.0))
     }
 
     fn find(&self, number: u32) -> Option<usize> {
@@ -99,7 +121,7 @@ impl SharedData {
         let mut len = 0;
         for piece in pieces {
             let outside = NotShared(*piece);
-            let memory = regions.find(piece.region).map(|at| &regions.list[at].1).ok_or(outside)?;
+            let memory = regions.find(piece.region).map(|at| &regions.list[at].1.0).ok_or(outside)?;
             let start = memory.pointer(piece.offset, piece.length as usize).ok_or(outside)?;
             raw.push(RawPiece { start, len: piece.length as usize });
             len += piece.length as usize;
@@ -154,7 +176,7 @@ impl SharedData {
     }
 
     fn memory(&self, piece: &Piece) -> Result<&SharedMemory, Vanished> {
-        self.regions.find(piece.region).map(|at| &*self.regions.list[at].1).ok_or(Vanished)
+        self.regions.find(piece.region).map(|at| &self.regions.list[at].1.0).ok_or(Vanished)
     }
 }
 

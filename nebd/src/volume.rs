@@ -122,8 +122,10 @@ impl Volume {
 
     /// It has `size` bytes now.
     pub fn resized(&mut self, size: u64) {
-        tracing::info!(size, "volume resized");
-        self.export.geometry.size = size;
+        if size != self.export.geometry.size {
+            tracing::info!(size, "volume resized");
+            self.export.geometry.size = size;
+        }
     }
 
     /// Another gateway process has taken the link over: what the one before withdrew will be sent again.

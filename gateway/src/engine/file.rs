@@ -133,9 +133,11 @@ impl Engine for FileEngine {
     fn release(&self) -> BoxFuture<'_, bool> {
         let disk = Arc::clone(&self.disk);
         Box::pin(async move {
-            // The lock is the next process's as well, which would lose it.
+            // The lock is the next process's as well, which would lose it. What a lane of a link that has gone left in the kernel
+            // is waited for too: it must not land on what the next process writes.
             let ended = tokio::task::spawn_blocking(move || {
-                disk.executor.close() && !disk.poisoned.load(Ordering::Acquire)
+                let ended = [disk.executor.close(), disk.overlaps.close()];
+                ended == [true; 2] && !disk.poisoned.load(Ordering::Acquire)
             });
             matches!(ended.await, Ok(true))
         })

@@ -4,6 +4,7 @@
 //! [`READ_BYTES`] and the descriptors of a few frames; what is not written yet is a few frames, of which one of a kind counts.
 
 use super::Breach;
+use crate::shared::REGIONS_MAX;
 use spline_link::memory::SharedMemory;
 use spline_link::{HEADER_BYTES, Header, Message, passing};
 use std::collections::VecDeque;
@@ -17,6 +18,9 @@ use tokio::net::UnixStream;
 const READ_BYTES: usize = 4096;
 /// Bytes that wait for a nebd that does not read: sizes and farewells, of which there are few. More are dropped with the link.
 const UNSENT_MAX: usize = 64 << 10;
+
+/// Bytes of frames that are read before they are looked at: every region that a link may have, told at once.
+const UNREAD_MAX: usize = 2 * REGIONS_MAX * HEADER_BYTES;
 
 /// Something that nebd said.
 pub(super) enum Said {
@@ -98,6 +102,9 @@ impl Control {
     /// Reads what is in the socket now, whether or not the runtime has heard of it.
     pub(super) fn read_now(&mut self) -> io::Result<()> {
         loop {
+            if self.partial.len() > UNREAD_MAX {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "too many frames at once"));
+            }
             match read(&self.stream, &mut self.partial, &mut self.fds) {
                 // The end of the stream is seen again by whoever polls.
                 Ok(0) => return Ok(()),
@@ -144,5 +151,9 @@ fn read(stream: &UnixStream, partial: &mut Vec<u8>, fds: &mut VecDeque<OwnedFd>)
     let count = passing::receive(stream.as_fd(), &mut bytes, &mut came)?;
     partial.extend_from_slice(&bytes[..count]);
     fds.extend(came);
+    // A frame brings one at most.
+    if fds.len() > partial.len() / HEADER_BYTES + 1 {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "descriptors that belong to no frame"));
+    }
     Ok(count)
 }

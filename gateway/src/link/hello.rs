@@ -192,6 +192,9 @@ async fn read_hello(stream: &UnixStream) -> Result<(Hello, Vec<OwnedFd>), HelloE
                 (0, _) => return Err(unexpected_end().into()),
                 _ => have += read,
             }
+            if fds.len() > RING_FDS {
+                return Err(LinkError::Mismatch { field: "descriptors", value: fds.len() as u64 }.into());
+            }
         }
         if let Some((hello, _)) = Hello::decode(&bytes[..have])? {
             return Ok((hello, fds));

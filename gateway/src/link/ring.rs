@@ -13,7 +13,7 @@ mod requests;
 use super::bell::Bell;
 use super::control::{Control, Said};
 use super::hello::Facts;
-use super::{Breach, Ending, FAREWELL_LIMIT, Links, Signal, next_signal, predecessors_ended};
+use super::{Breach, Ending, FAREWELL_LIMIT, Links, Signal, hear_no_more, next_signal, predecessors_ended};
 use crate::admission::Permit;
 use crate::buffer::BufferPool;
 use crate::engine::{Ended, Lane};
@@ -33,7 +33,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 /// Turns in one go; then others of the runtime's thread have theirs.
 const TURNS_MAX: usize = 32;
@@ -89,6 +89,8 @@ pub(super) struct RingLink {
     metrics: Arc<Metrics>,
     buffers: BufferPool,
     facts: Facts,
+    /// How it ends, heard while requests were taken.
+    over: Option<Ending>,
     /// Nothing that was answered is of interest to anybody.
     deaf: bool,
 }
@@ -120,6 +122,7 @@ impl RingLink {
             metrics: Arc::clone(&links.metrics),
             buffers: links.buffers.clone(),
             facts,
+            over: None,
             deaf: false,
         })
     }
@@ -136,6 +139,8 @@ impl RingLink {
             self.regions = Arc::new(with);
         }
         self.control.push(Message::Renewed { epoch: self.session.engine.traits().epoch });
+        // It may have grown while nobody watched.
+        self.control.push(Message::Resized { size: self.session.engine.geometry().size });
         Ok(self)
     }
 
@@ -151,12 +156,16 @@ impl RingLink {
             Ok(()) => self.serve_until_ending(&mut membership).await,
             Err(ending) => ending,
         };
+        hear_no_more(&mut membership);
         let detached = matches!(ending, Ending::Detached);
         if let Ending::Frozen(freeze) = ending {
             self.freeze(freeze).await;
             info!(%volume, "link is given away");
         } else {
             self.wind_up(&ending, drain_limit).await;
+            for given_up in self.requests.drain() {
+                self.metrics.dropped(given_up.request.op, super::data_of(&given_up.request).into());
+            }
             info!(%volume, ?ending, "link is closed");
             // Requests that are given up are dropped before others are told that this link has ended.
             drop(self);
@@ -198,6 +207,9 @@ impl RingLink {
         for _ in 0..TURNS_MAX {
             let taken = self.take(cx)?;
             let moved = self.collect(cx)? || taken;
+            if let Some(ending) = self.over.take() {
+                return Ok(Poll::Ready(ending));
+            }
             self.ring.publish();
             if let Poll::Ready(Err(error)) = self.control.poll_flush(cx) {
                 return Err(error.into());
@@ -247,9 +259,7 @@ impl RingLink {
             if self.pieces.iter().any(|piece| !self.regions.has(piece.region)) {
                 // A region is told before the first request that names it, but the runtime may hear of that later.
                 self.control.read_now()?;
-                if let Some(ending) = self.hear(cx)? {
-                    debug!(?ending, "link ends with a request in its ring");
-                }
+                self.over = self.hear(cx)?;
             }
             let data = SharedData::new(&self.regions, &self.pieces)?;
             let bytes = super::data_of(&request);

@@ -6,7 +6,8 @@ mod intake;
 mod outbox;
 
 use super::{
-    Breach, Ending, FAREWELL_LIMIT, Links, Signal, data_of, fitting, next_signal, predecessors_ended,
+    Breach, Ending, FAREWELL_LIMIT, Links, Signal, data_of, fitting, hear_no_more, next_signal,
+    predecessors_ended,
 };
 use crate::admission::Permit;
 use crate::engine::EngineAnswer;
@@ -61,6 +62,7 @@ impl Link {
             Ok(()) => self.serve_until_ending(&mut membership).await,
             Err(ending) => ending,
         };
+        hear_no_more(&mut membership);
         self.wind_up(&ending, drain_limit).await;
         info!(volume = %self.session.name, ?ending, "link is closed");
         // Requests that are given up are dropped before others are told that this link has ended.

@@ -12,11 +12,14 @@ use rustix::net::{
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 /// Most descriptors beside one message: what Linux takes (SCM_MAX_FD).
 pub(crate) const FDS_MAX: usize = 253;
+/// Longest wait for the other process to take a message: one that hangs must not take this one with it.
+const SEND_LIMIT: Duration = Duration::from_secs(20);
 
 /// Why a conversation can not go on.
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +78,11 @@ impl Channel {
     /// If the other side is gone.
     pub(crate) async fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         let packet = message.encode();
-        let sent = self.socket.async_io(Interest::WRITABLE, || send(self.socket.as_fd(), &packet, fds)).await;
-        sent.map_err(ended)
+        let sending = self.socket.async_io(Interest::WRITABLE, || send(self.socket.as_fd(), &packet, fds));
+        match tokio::time::timeout(SEND_LIMIT, sending).await {
+            Ok(sent) => sent.map_err(ended),
+            Err(_) => Err(ended(io::ErrorKind::TimedOut.into())),
+        }
     }
 
     /// The next message and what came beside it.

@@ -117,6 +117,8 @@ impl RingStream {
 
     /// Gives numbers to the regions of a memory; those of another memory keep theirs.
     fn learn(&mut self, memory: &Arc<GuestMemory>) -> usize {
+        // A guest that changes its memory again and again need not rest for that.
+        self.forget_memories();
         let mut regions = Vec::with_capacity(memory.regions().len());
         for region in memory.regions() {
             let number = self.number_of(region).unwrap_or_else(|| {

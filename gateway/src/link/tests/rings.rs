@@ -206,7 +206,7 @@ async fn what_makes_no_sense_cuts_the_link_and_no_other() {
     let (gateway, volume) = file_gateway(dir.path(), |_| {}).await;
     let mut other = RingNebd::open(connect(&gateway).await, &volume).await;
     type Act = fn(&mut RingNebd);
-    let bad: [(&str, Act); 5] = [
+    let bad: [(&str, Act); 6] = [
         ("a region that is not there", |nebd| {
             nebd.push(&request(1, BlockOp::Read, 0, 512), &[piece(9, 0, 512)]);
         }),
@@ -219,6 +219,10 @@ async fn what_makes_no_sense_cuts_the_link_and_no_other() {
         }),
         ("a region without its file", |nebd| {
             passing::send(nebd.control.stream.as_fd(), &region_frame(1, 0, 4096), &[]).expect("sends");
+        }),
+        ("descriptors without frames", |nebd| {
+            let socket = nebd.control.stream.as_fd();
+            passing::send(socket, b"S", &[nebd.memory.fd(), nebd.memory.fd()]).expect("sends");
         }),
         ("a request on the socket", |nebd| {
             let flush = Header::request(request(1, BlockOp::Flush, 0, 0)).encode();
@@ -294,6 +298,7 @@ async fn a_link_is_given_away_and_gone_on_with() {
     let session = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
     tokio::spawn(go_on(frozen, session, Arc::clone(&bench.links)));
     assert_eq!(nebd.control.next().await, Some((Message::Renewed { epoch: Epoch::new(7) }, Vec::new())));
+    assert_eq!(nebd.control.next().await, Some((Message::Resized { size: SIZE }, Vec::new())));
     assert_eq!(nebd.next().await.id.get(), 1004);
     bench.engine.gate.add_permits(2);
     for id in [1, 2] {
@@ -319,6 +324,14 @@ async fn progress_is_what_every_link_makes_and_nothing_less() {
     bench.until(|log| log.contains(&("start", 1))).await;
     let served = tokio::time::timeout(PATIENCE, progress(&bench.links.registry)).await;
     served.expect("a request that waits for its disk is no reason");
+    // Its nebd goes: the link waits for the request, and is asked all the same.
+    drop(nebd);
+    let links = Arc::clone(&bench.links);
+    for _ in 0..50 {
+        let asked = tokio::time::timeout(PATIENCE, progress(&links.registry)).await;
+        asked.expect("a link that winds up is no reason");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     // A member whose task does nothing.
     let session = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
     let (socket, _theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
