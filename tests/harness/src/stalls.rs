@@ -54,6 +54,6 @@ mod tests {
         stalls.add("gateway", Duration::from_millis(500));
         let text = stalls.to_string();
         let line = text.lines().nth(1).expect("a line");
-        assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["gateway", "2", "1.50", "s", "1.00", "s"]);
+        assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["gateway", "2", "1.500", "s", "1.000", "s"]);
     }
 }
