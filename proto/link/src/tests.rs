@@ -107,7 +107,7 @@ fn golden_welcome_v3() {
     let refused = Refused { refusal: Refusal::NotFound, text: "no".to_owned() };
     assert_eq!(
         hex(&Welcome::Refused(refused).encode()),
-        format!("53504c5703000200{}02000000{}6e6f", "0".repeat(88), "0".repeat(16))
+        format!("53504c5704000200{}02000000{}6e6f", "0".repeat(88), "0".repeat(16))
     );
 }
 
