@@ -5,6 +5,7 @@
 //! its in-flight table hand out everything unanswered again, oldest first, before what came later.
 
 pub mod carrier;
+pub mod frames;
 pub mod ringed;
 pub mod stream;
 

@@ -45,8 +45,8 @@ impl Carrier {
 
     /// The link is gone.
     pub fn close(&mut self, poller: &Poller) {
-        if let Means::Ring(ring) = &self.means {
-            ring.close(poller);
+        if let Means::Ring(ring) = &mut self.means {
+            ring.link().close(poller);
         }
         *self = Self::default();
     }
@@ -85,7 +85,7 @@ impl Carrier {
     ) -> Result<(), LinkDown> {
         match &mut self.means {
             Means::Ring(ring) => {
-                ring.wake();
+                ring.link().ring.wake();
                 ring.receive(volume, &mut answer)
             }
             Means::None | Means::Socket(_) => Ok(()),
@@ -126,7 +126,7 @@ impl Carrier {
     /// Whether a completion is in the ring.
     pub fn has_answers(&mut self) -> bool {
         match &mut self.means {
-            Means::Ring(ring) => ring.has_answers(),
+            Means::Ring(ring) => ring.link().has_answers(),
             Means::None | Means::Socket(_) => false,
         }
     }
@@ -134,7 +134,7 @@ impl Carrier {
     /// How often the gateway had to be woken since the last time.
     pub fn new_bells(&mut self) -> u64 {
         match &mut self.means {
-            Means::Ring(ring) => ring.new_bells(),
+            Means::Ring(ring) => ring.link().new_bells(),
             Means::None | Means::Socket(_) => 0,
         }
     }
@@ -147,7 +147,7 @@ impl Carrier {
     /// Says that the thread is about to wait; false if it must not.
     pub fn sleep(&mut self) -> bool {
         match &mut self.means {
-            Means::Ring(ring) => ring.sleep(),
+            Means::Ring(ring) => ring.link().sleep(),
             Means::None | Means::Socket(_) => true,
         }
     }

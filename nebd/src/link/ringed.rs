@@ -6,14 +6,13 @@
 //! lies that were not answered. Must not know: NBD's bytes, clients. `complete_once`: a completion that fits no request that was
 //! sent cuts the link.
 
+use super::frames::{Frame, LinkRing};
 use super::{Link, LinkDown, not_ours};
 use crate::area::Area;
 use crate::poller::Poller;
-use crate::receive::{READS_PER_TURN, Received, read_after};
 use crate::volume::{Answer, Origin, Volume};
-use rustix::event::epoll::EventFlags;
 use spline_link::ring::{NebdRing, Piece};
-use spline_link::{HEADER_BYTES, Header, Message, passing};
+use spline_link::{Header, Message};
 use spline_types::Fault;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -22,16 +21,11 @@ use std::rc::Rc;
 /// A ring, and what the gateway knows of our memory.
 #[derive(Debug)]
 pub struct RingStream {
-    ring: Box<NebdRing>,
-    /// Less than a frame's header, or what came with the welcome.
-    partial: Vec<u8>,
+    link: LinkRing,
     /// Areas that were passed on, by the numbers of their regions; few.
     known: Vec<(u32, Rc<Area>)>,
     next_number: u32,
     pieces: Vec<Piece>,
-    bells_told: u64,
-    /// The socket had no room for a frame.
-    full: bool,
 }
 
 impl RingStream {
@@ -40,26 +34,18 @@ impl RingStream {
     /// # Errors
     /// Those of epoll_ctl.
     pub fn new(ring: Box<NebdRing>, left_over: Vec<u8>, poller: &Poller, token: u64) -> io::Result<Self> {
-        // Edge-triggered: a bell is never read, each ring of it is an event.
-        poller.add(ring.bell(), token, EventFlags::IN | EventFlags::ET)?;
-        let (known, pieces) = (Vec::new(), Vec::new());
-        Ok(Self { ring, partial: left_over, known, next_number: 0, pieces, bells_told: 0, full: false })
+        let link = LinkRing::new(ring, left_over, poller, token)?;
+        Ok(Self { link, known: Vec::new(), next_number: 0, pieces: Vec::new() })
     }
 
-    /// Watches the bell no more: the gateway holds it too, so that closing it would not end that.
-    pub fn close(&self, poller: &Poller) {
-        poller.remove(self.ring.bell());
-    }
-
-    /// How often the gateway had to be woken since the last time.
-    pub fn new_bells(&mut self) -> u64 {
-        let bells = self.ring.bells();
-        bells - std::mem::replace(&mut self.bells_told, bells)
+    /// The ring and its frames.
+    pub fn link(&mut self) -> &mut LinkRing {
+        &mut self.link
     }
 
     /// The socket had no room for a frame.
     pub fn is_full(&self) -> bool {
-        self.full
+        self.link.full
     }
 
     /// Puts unsent requests into the ring, oldest first, as far as there is room, and shows them to the gateway.
@@ -67,7 +53,7 @@ impl RingStream {
     /// # Errors
     /// The link ended; the caller calls [`Link::fail`].
     pub fn flush(&mut self, link: &Link, volume: &mut Volume) -> Result<(), LinkDown> {
-        self.full = false;
+        self.link.full = false;
         while let Some(window) = link.window() {
             let Some(entry) = volume.inflight.peek_to_send(window) else { break };
             let (request, data) = (entry.request, entry.context.data.as_ref());
@@ -76,13 +62,13 @@ impl RingStream {
                 let Some(number) = self.number_of(data.area(), link)? else { break };
                 data.pieces(number, &mut self.pieces);
             }
-            if !self.ring.has_room(self.pieces.len())? {
+            if !self.link.ring.has_room(self.pieces.len())? {
                 break;
             }
-            self.ring.push(&request, &self.pieces);
+            self.link.ring.push(&request, &self.pieces);
             volume.inflight.next_to_send(window);
         }
-        self.ring.publish();
+        self.link.ring.publish();
         Ok(())
     }
 
@@ -120,21 +106,7 @@ impl RingStream {
 
     /// Sends a frame; false if the socket has no room.
     fn tell(&mut self, message: Message, fds: &[BorrowedFd<'_>], link: &Link) -> Result<bool, LinkDown> {
-        let Some(socket) = link.socket() else { return Ok(false) };
-        let bytes = Header::bare(message).encode();
-        loop {
-            match passing::send(socket, &bytes, fds) {
-                // A unix socket takes a message of this size whole or not at all.
-                Ok(count) if count == bytes.len() => return Ok(true),
-                Ok(_) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.full = true;
-                    return Ok(false);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
+        self.link.tell(link, &Header::bare(message).encode(), fds)
     }
 
     /// Says something behind everything else.
@@ -154,7 +126,7 @@ impl RingStream {
         volume: &mut Volume,
         answer: &mut impl FnMut(&mut Volume, Origin, Result<Answer, Fault>),
     ) -> Result<(), LinkDown> {
-        while let Some(ended) = self.ring.pop()? {
+        while let Some(ended) = self.link.ring.pop()? {
             if let Some((origin, result)) =
                 volume.complete(ended.id, ended.completion, ended.payload as usize)?
             {
@@ -164,26 +136,9 @@ impl RingStream {
         Ok(())
     }
 
-    /// Whether a completion is there.
-    pub fn has_answers(&mut self) -> bool {
-        // What makes no sense is found by `receive`.
-        self.ring.look().unwrap_or(true)
-    }
-
     /// Whether the gateway has anything to answer.
     pub fn is_asked(&self) -> bool {
-        self.ring.unanswered() > 0
-    }
-
-    /// Says that the thread is about to wait. False if there is a completion: it must not.
-    pub fn sleep(&mut self) -> bool {
-        // As above.
-        self.ring.sleep().unwrap_or(false)
-    }
-
-    /// Says that the thread looks by itself.
-    pub fn wake(&mut self) {
-        self.ring.wake();
+        self.link.ring.unanswered() > 0
     }
 
     /// Reads frames from the socket.
@@ -197,24 +152,18 @@ impl RingStream {
         scratch: &mut [u8],
         answer: &mut impl FnMut(&mut Volume, Origin, Result<Answer, Fault>),
     ) -> Result<(), LinkDown> {
-        for _ in 0..READS_PER_TURN {
-            while let Some((head, rest)) = self.partial.split_first_chunk::<HEADER_BYTES>() {
-                let message = Header::decode(head)?.message;
-                self.partial = rest.to_vec();
-                self.act(&message, link, volume, answer)?;
-            }
-            let Some(socket) = link.socket() else { return Ok(()) };
-            match read_after(socket, &mut self.partial, scratch)? {
-                Received::Bytes { count, .. } => self.partial.extend_from_slice(&scratch[..count]),
-                Received::Nothing => return Ok(()),
-                Received::Closed => {
+        let mut reads = 0;
+        loop {
+            match self.link.next_frame(link, scratch, &mut reads)? {
+                Frame::Said(message) => self.act(&message, link, volume, answer)?,
+                Frame::Nothing => return Ok(()),
+                Frame::Closed => {
                     // What it has answered counts: it is not to be carried out again.
                     self.receive(volume, answer)?;
                     return Err(LinkDown::Closed);
                 }
             }
         }
-        Ok(())
     }
 
     fn act(

@@ -7,13 +7,12 @@
 use super::memory::{GuestMemory, Region, Segment};
 use super::stream::{Asked, Event, end};
 use crate::inflight::Inflight;
+use crate::link::frames::{Frame, LinkRing};
 use crate::link::{Link, LinkDown, not_ours};
 use crate::poller::Poller;
-use crate::receive::{READS_PER_TURN, Received, read_after};
-use rustix::event::epoll::EventFlags;
-use spline_link::passing::{self, FDS_MAX};
+use spline_link::passing::FDS_MAX;
 use spline_link::ring::{NebdRing, PIECES_MAX, Piece};
-use spline_link::{HEADER_BYTES, Header, Message};
+use spline_link::{Header, Message};
 use spline_types::BlockOp;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -37,18 +36,13 @@ enum Notice {
 /// A ring, and what the gateway knows of the guest's memory.
 #[derive(Debug)]
 pub struct RingStream {
-    ring: Box<NebdRing>,
-    /// Less than a frame's header.
-    partial: Vec<u8>,
+    link: LinkRing,
     /// The newest last.
     known: Vec<Known>,
     next_number: u32,
     /// Frames that the socket has not taken.
     notices: Vec<Notice>,
     pieces: Vec<Piece>,
-    bells_told: u64,
-    /// The socket took less than it was given: it is watched for room.
-    pub full: bool,
 }
 
 impl RingStream {
@@ -57,29 +51,18 @@ impl RingStream {
     /// # Errors
     /// Those of epoll_ctl.
     pub fn new(ring: Box<NebdRing>, left_over: Vec<u8>, poller: &Poller, token: u64) -> io::Result<Self> {
-        // Edge-triggered: a bell is never read, each ring of it is an event.
-        poller.add(ring.bell(), token, EventFlags::IN | EventFlags::ET)?;
-        Ok(Self {
-            ring,
-            partial: left_over,
-            known: Vec::new(),
-            next_number: 0,
-            notices: Vec::new(),
-            pieces: Vec::new(),
-            bells_told: 0,
-            full: false,
-        })
+        let link = LinkRing::new(ring, left_over, poller, token)?;
+        Ok(Self { link, known: Vec::new(), next_number: 0, notices: Vec::new(), pieces: Vec::new() })
     }
 
-    /// Watches the bell no more: the gateway holds it too, so that closing it would not end that.
-    pub fn close(self, poller: &Poller) {
-        poller.remove(self.ring.bell());
+    /// The ring and its frames.
+    pub fn link(&mut self) -> &mut LinkRing {
+        &mut self.link
     }
 
-    /// How often the gateway had to be woken since the last time.
-    pub fn new_bells(&mut self) -> u64 {
-        let bells = self.ring.bells();
-        bells - std::mem::replace(&mut self.bells_told, bells)
+    /// The socket had no room for a frame.
+    pub fn is_full(&self) -> bool {
+        self.link.full
     }
 
     /// Puts unsent requests into the ring, oldest first, as far as there is room, and shows them to the gateway.
@@ -87,7 +70,7 @@ impl RingStream {
     /// # Errors
     /// The link ended; the caller calls [`Link::fail`].
     pub fn flush(&mut self, link: &Link, table: &mut Inflight<Asked>) -> Result<(), LinkDown> {
-        self.full = false;
+        self.link.full = false;
         if !self.notices.is_empty() && !self.tell(link)? {
             return Ok(());
         }
@@ -105,13 +88,13 @@ impl RingStream {
                 };
                 gather(&mut self.pieces, &guest.data, &self.known[known].regions);
             }
-            if !self.ring.has_room(self.pieces.len())? || !self.tell(link)? {
+            if !self.link.ring.has_room(self.pieces.len())? || !self.tell(link)? {
                 break;
             }
-            self.ring.push(&request, &self.pieces);
+            self.link.ring.push(&request, &self.pieces);
             table.next_to_send(window);
         }
-        self.ring.publish();
+        self.link.ring.publish();
         Ok(())
     }
 
@@ -157,25 +140,15 @@ impl RingStream {
 
     /// Sends notices; false if the socket has no room for all of them.
     fn tell(&mut self, link: &Link) -> Result<bool, LinkDown> {
-        let Some(socket) = link.socket() else { return Ok(false) };
         while !self.notices.is_empty() {
             let many = &self.notices[..self.notices.len().min(FDS_MAX)];
-            let bytes: Vec<u8> = many.iter().flat_map(|notice| notice.frame().encode()).collect();
+            let frames: Vec<u8> = many.iter().flat_map(|notice| notice.frame().encode()).collect();
             let fds: Vec<BorrowedFd<'_>> = many.iter().filter_map(Notice::file).collect();
-            match passing::send(socket, &bytes, &fds) {
-                // A unix socket takes a message of this size whole or not at all.
-                Ok(count) if count == bytes.len() => {
-                    let told = many.len();
-                    self.notices.drain(..told);
-                }
-                Ok(_) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.full = true;
-                    return Ok(false);
-                }
-                Err(error) => return Err(error.into()),
+            if !self.link.tell(link, &frames, &fds)? {
+                return Ok(false);
             }
+            let told = many.len();
+            self.notices.drain(..told);
         }
         Ok(true)
     }
@@ -189,30 +162,13 @@ impl RingStream {
         table: &mut Inflight<Asked>,
         mut on: impl FnMut(Event),
     ) -> Result<(), LinkDown> {
-        while let Some(answer) = self.ring.pop()? {
+        while let Some(answer) = self.link.ring.pop()? {
             if answer.payload != 0 || table.sent(answer.id).is_none() {
                 return Err(LinkDown::WrongAnswer(answer.id));
             }
             end(answer.id, answer.completion, table, &mut on)?;
         }
         Ok(())
-    }
-
-    /// Whether a completion is there.
-    pub fn has_answers(&mut self) -> bool {
-        // What makes no sense is found by `receive`.
-        self.ring.look().unwrap_or(true)
-    }
-
-    /// Says that the worker is about to wait. False if there is a completion: it must not.
-    pub fn sleep(&mut self) -> bool {
-        // As above.
-        self.ring.sleep().unwrap_or(false)
-    }
-
-    /// Says that the worker looks by itself.
-    pub fn wake(&mut self) {
-        self.ring.wake();
     }
 
     /// Reads frames from the socket.
@@ -227,24 +183,18 @@ impl RingStream {
         now: Instant,
         mut on: impl FnMut(Event),
     ) -> Result<(), LinkDown> {
-        for _ in 0..READS_PER_TURN {
-            while let Some((head, rest)) = self.partial.split_first_chunk::<HEADER_BYTES>() {
-                let message = Header::decode(head)?.message;
-                self.partial = rest.to_vec();
-                self.act(message, link, table, now, &mut on)?;
-            }
-            let Some(socket) = link.socket() else { return Ok(()) };
-            match read_after(socket, &mut self.partial, scratch)? {
-                Received::Bytes { count, .. } => self.partial.extend_from_slice(&scratch[..count]),
-                Received::Nothing => return Ok(()),
-                Received::Closed => {
+        let mut reads = 0;
+        loop {
+            match self.link.next_frame(link, scratch, &mut reads)? {
+                Frame::Said(message) => self.act(message, link, table, now, &mut on)?,
+                Frame::Nothing => return Ok(()),
+                Frame::Closed => {
                     // What it has answered counts: it is not to be carried out again.
                     self.receive(table, &mut on)?;
                     return Err(LinkDown::Closed);
                 }
             }
         }
-        Ok(())
     }
 
     fn act(

@@ -128,7 +128,7 @@ pub struct Worker {
 impl Carrier {
     fn has_answers(&mut self) -> bool {
         match self {
-            Self::Ring(ring) => ring.has_answers(),
+            Self::Ring(ring) => ring.link().has_answers(),
             Self::None | Self::Socket(_) => false,
         }
     }
@@ -136,7 +136,7 @@ impl Carrier {
     /// Says that the worker is about to wait; false if it must not.
     fn sleep(&mut self) -> bool {
         match self {
-            Self::Ring(ring) => ring.sleep(),
+            Self::Ring(ring) => ring.link().sleep(),
             Self::None | Self::Socket(_) => true,
         }
     }
@@ -150,7 +150,7 @@ impl Carrier {
         match self {
             Self::None => false,
             Self::Socket(stream) => stream.full,
-            Self::Ring(ring) => ring.full,
+            Self::Ring(ring) => ring.is_full(),
         }
     }
 }
@@ -325,7 +325,7 @@ impl Worker {
     fn finish(&mut self) {
         self.setup.metrics.inflight.set(self.table.len() as i64);
         if let Carrier::Ring(ring) = &mut self.carrier {
-            self.setup.metrics.link_wakeups.inc_by(ring.new_bells());
+            self.setup.metrics.link_wakeups.inc_by(ring.link().new_bells());
         }
         let stopped = self.queues.iter().filter(|(_, served)| served.has_stopped());
         let stopped: Vec<u16> = stopped.map(|(queue, _)| *queue).collect();

@@ -80,7 +80,7 @@ impl Worker {
     /// Takes completions out of the ring, if the link has one.
     pub(super) fn take_answers(&mut self) -> anyhow::Result<()> {
         let Self { carrier: Carrier::Ring(ring), table, .. } = self else { return Ok(()) };
-        ring.wake();
+        ring.link().ring.wake();
         let mut heard = Heard { ended: std::mem::take(&mut self.answers), ..Heard::default() };
         let received = ring.receive(table, |event| heard.note(event));
         self.act_upon(heard);
@@ -109,8 +109,8 @@ impl Worker {
     pub(super) fn link_failed(&mut self, why: &LinkDown) -> anyhow::Result<()> {
         let Some(link) = &mut self.link else { return Ok(()) };
         if link.is_up() {
-            if let Carrier::Ring(ring) = std::mem::replace(&mut self.carrier, Carrier::None) {
-                ring.close(&self.poller);
+            if let Carrier::Ring(mut ring) = std::mem::replace(&mut self.carrier, Carrier::None) {
+                ring.link().close(&self.poller);
             }
             self.setup.metrics.link_up.set(0);
             self.setup.metrics.replays.inc_by(self.table.link_lost() as u64);
