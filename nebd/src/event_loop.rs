@@ -139,7 +139,7 @@ impl EventLoop {
                     STOP => self.begin_stop()?,
                     LINK => self.link_ready()?,
                     // Completions are looked for in every turn.
-                    BELL => {}
+                    BELL => self.carrier.hear_bell(),
                     listener if listener < CONNECTIONS => self.accept((listener - LISTENERS) as usize),
                     connection => self.client_ready(ConnectionId(connection), *flags),
                 }

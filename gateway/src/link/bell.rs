@@ -1,6 +1,7 @@
 //! The bell of a ring: an eventfd that nebd rings when it has shown something to a gateway that sleeps.
 //!
-//! Used by the link's `ring`. It is never read: watched for edges, each ring of it is an event of its own.
+//! Used by the link's `ring`. It is never read, because nebd could set it to block: watched for edges, each ring of it is an event
+//! of its own.
 #![allow(unsafe_code)]
 
 use std::io;

@@ -39,14 +39,19 @@ impl LinkRing {
     /// # Errors
     /// Those of epoll_ctl.
     pub fn new(ring: Box<NebdRing>, left_over: Vec<u8>, poller: &Poller, token: u64) -> io::Result<Self> {
-        // Edge-triggered: a bell is never read, each ring of it is an event.
+        // Edge-triggered: the end of a gateway that is gone is told once.
         poller.add(ring.bell(), token, EventFlags::IN | EventFlags::ET)?;
         Ok(Self { ring, partial: left_over, bells_told: 0, full: false })
     }
 
-    /// Watches the bell no more: the gateway holds it too, so that closing it would not end that.
+    /// Watches the bell no more.
     pub fn close(&self, poller: &Poller) {
         poller.remove(self.ring.bell());
+    }
+
+    /// The bell was rung: it is silenced before completions are looked for.
+    pub fn hear_bell(&self) {
+        self.ring.silence();
     }
 
     /// How often the gateway had to be woken since the last time.

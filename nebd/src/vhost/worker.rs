@@ -217,8 +217,7 @@ impl Worker {
                 match *token {
                     ORDERS => self.obey_all(),
                     LINK => self.link_ready()?,
-                    // Completions are looked for in every turn.
-                    BELL => {}
+                    BELL => self.hear_bell(),
                     queue => self.kicked((queue - QUEUES) as u16, *flags),
                 }
             }
@@ -249,6 +248,13 @@ impl Worker {
             std::hint::spin_loop();
         }
         false
+    }
+
+    /// Completions are looked for in every turn.
+    fn hear_bell(&mut self) {
+        if let Carrier::Ring(ring) = &mut self.carrier {
+            ring.link().hear_bell();
+        }
     }
 
     fn timeout(&self) -> Option<Duration> {

@@ -398,7 +398,7 @@ impl Ringed {
             if manner == Manner::Miscount {
                 // The count of completions, and nebd's bell.
                 self.memory.write(24 * 8, &u64::MAX.to_le_bytes()).expect("is there");
-                rustix::io::write(&self.to_nebd, &1u64.to_ne_bytes()).expect("rings");
+                rustix::io::write(&self.to_nebd, b"!").expect("rings");
                 continue;
             }
             let payload = if completion == Completion::Done(()) { payload } else { 0 };

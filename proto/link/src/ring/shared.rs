@@ -2,11 +2,17 @@
 //!
 //! Made by nebd ([`NebdRing::create`]), taken over by the gateway ([`GatewayRing::adopt`]), which refuses memory that could be
 //! truncated under it. Both forward to the ends of [`ring`](super) and ring the other side's bell where that is needed.
+//!
+//! `guest_cannot_crash_us`: the gateway's bell is an eventfd, which the gateway only watches for edges: it neither reads nor
+//! writes what nebd can fill or set to block. nebd's bell is a pair of sockets: the gateway sends to one of them, and each such
+//! call says itself that it must not wait, whatever nebd does to the descriptor. The gateway does not read a socket of nebd's:
+//! a reader in nebd could hold the lock of the kernel that a second one waits for.
 
 use super::{Cells, GatewayEnd, NebdEnd, Piece, Places, Position, RingAnswer};
 use crate::error::LinkError;
 use crate::memory::{MemoryError, SharedMemory};
 use rustix::event::EventfdFlags;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use spline_types::BlockRequest;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -22,7 +28,7 @@ pub enum RingError {
     /// The other side could take it away.
     #[error("memory of a ring is not sealed against shrinking")]
     NotSealed,
-    /// A bell is no eventfd.
+    /// A bell is not of its kind.
     #[error("bell of a ring can not be used: error={0}")]
     Bell(#[from] io::Error),
     /// What lies in it is no ring of ours.
@@ -35,9 +41,9 @@ pub enum RingError {
 pub struct RingFds {
     /// The memory.
     pub memory: OwnedFd,
-    /// The gateway's bell.
+    /// The gateway's bell: an eventfd.
     pub to_gateway: OwnedFd,
-    /// nebd's bell.
+    /// The gateway's end of nebd's bell: a unix stream socket.
     pub to_nebd: OwnedFd,
 }
 
@@ -62,17 +68,17 @@ impl Cells for MappedCells {
     }
 }
 
-fn ring_bell(bell: &OwnedFd) {
-    // Only a counter that is full refuses, and then the other side has been told often enough.
-    let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
-}
+/// What a ring of nebd's bell sends.
+const RUNG: u8 = b'!';
+/// Rings that are taken from nebd's bell at once; the gateway rings it once for each time that nebd goes to sleep.
+const RINGS_MAX: usize = 64;
 
 /// nebd's end.
 #[derive(Debug)]
 pub struct NebdRing {
     end: NebdEnd<MappedCells>,
     to_gateway: OwnedFd,
-    to_nebd: OwnedFd,
+    bell: OwnedFd,
     bells: u64,
 }
 
@@ -82,27 +88,30 @@ impl NebdRing {
     /// # Errors
     /// If there is no memory or descriptor left.
     pub fn create() -> Result<(Self, RingFds), RingError> {
-        let bell = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let memory = SharedMemory::create("spline-ring", Places::REAL.bytes())?;
-        let (to_gateway, to_nebd) = (bell().map_err(io::Error::from)?, bell().map_err(io::Error::from)?);
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let to_gateway = rustix::event::eventfd(0, flags).map_err(io::Error::from)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+        let (bell, to_nebd) = pair.map_err(io::Error::from)?;
         let fds = RingFds {
             memory: memory.fd().try_clone_to_owned()?,
             to_gateway: to_gateway.try_clone()?,
-            to_nebd: to_nebd.try_clone()?,
+            to_nebd,
         };
         let end = NebdEnd::new(MappedCells(memory), Places::REAL);
-        Ok((Self { end, to_gateway, to_nebd, bells: 0 }, fds))
+        Ok((Self { end, to_gateway, bell, bells: 0 }, fds))
     }
 
-    /// Readable after the gateway has rung.
+    /// Readable after the gateway has rung, until it is [silenced](Self::silence).
     pub fn bell(&self) -> BorrowedFd<'_> {
-        self.to_nebd.as_fd()
+        self.bell.as_fd()
     }
 
-    /// Makes the bell unreadable again.
+    /// Makes the bell unreadable again: whoever was woken by it calls this before it looks at the ring.
     pub fn silence(&self) {
         // EAGAIN: it was not rung.
-        let _ = rustix::io::read(&self.to_nebd, &mut [0; 8]);
+        let _ = rustix::net::recv(&self.bell, &mut [0; RINGS_MAX], RecvFlags::DONTWAIT);
     }
 
     /// How often the gateway had to be woken.
@@ -127,7 +136,8 @@ impl NebdRing {
     pub fn publish(&mut self) {
         if self.end.publish() {
             self.bells += 1;
-            ring_bell(&self.to_gateway);
+            // Nobody reads the counter: it is never full.
+            let _ = rustix::io::write(&self.to_gateway, &1u64.to_ne_bytes());
         }
     }
 
@@ -175,7 +185,7 @@ pub struct GatewayRing {
 }
 
 impl GatewayRing {
-    /// Goes on with a ring that nebd made. Answers the bell to wait for, non-blocking, too.
+    /// Goes on with a ring that nebd made. Answers the bell to wait for, too: it is to be watched for edges and not read.
     ///
     /// # Errors
     /// If it is not one of ours, or could vanish.
@@ -184,9 +194,8 @@ impl GatewayRing {
         if !memory.is_sealed() {
             return Err(RingError::NotSealed);
         }
-        for bell in [&fds.to_gateway, &fds.to_nebd] {
-            check_bell(bell)?;
-        }
+        check_eventfd(&fds.to_gateway)?;
+        check_socket(&fds.to_nebd)?;
         let end = GatewayEnd::new(MappedCells(memory), Places::REAL, position)?;
         Ok((Self { end, to_nebd: fds.to_nebd, bells: 0 }, fds.to_gateway))
     }
@@ -233,7 +242,9 @@ impl GatewayRing {
     pub fn publish(&mut self) {
         if self.end.publish() {
             self.bells += 1;
-            ring_bell(&self.to_nebd);
+            // EAGAIN: it was rung often enough. Another error is that of a nebd that is gone.
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let _ = rustix::net::send(&self.to_nebd, &[RUNG], flags);
         }
     }
 
@@ -259,13 +270,20 @@ impl GatewayRing {
     }
 }
 
-/// Refuses what is no eventfd: ringing must neither block nor reach anything else.
-fn check_bell(bell: &OwnedFd) -> io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(bell)?;
-    rustix::fs::fcntl_setfl(bell, flags | rustix::fs::OFlags::NONBLOCK)?;
+/// Refuses a bell whose waiting could do anything else than wait.
+fn check_eventfd(bell: &OwnedFd) -> io::Result<()> {
     let link = rustix::fs::readlink(format!("/proc/self/fd/{}", bell.as_raw_fd()), Vec::new())?;
     match link.as_bytes() == b"anon_inode:[eventfd]" {
         true => Ok(()),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not an eventfd")),
+    }
+}
+
+/// Refuses a bell whose ringing could block, or reach anything but another process of this host.
+fn check_socket(bell: &OwnedFd) -> io::Result<()> {
+    use rustix::net::sockopt::{socket_domain, socket_type};
+    match (socket_domain(bell)?, socket_type(bell)?) {
+        (AddressFamily::UNIX, SocketType::STREAM) => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a unix stream socket")),
     }
 }

@@ -5,7 +5,7 @@ use super::*;
 use crate::memory::SharedMemory;
 use proptest::prelude::*;
 use spline_types::{BlockOp, BlockRequest, ByteRange, Completion, Fault, RequestId};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, fence};
 
@@ -182,9 +182,62 @@ fn what_is_no_ring_is_refused() {
     let unsealed = RingFds { memory: loose, ..other };
     assert!(matches!(GatewayRing::adopt(unsealed, Position::default()), Err(RingError::NotSealed)));
     let (_, other) = NebdRing::create().expect("creates");
-    let (socket, _) = std::os::unix::net::UnixStream::pair().expect("opens");
-    let no_bell = RingFds { to_nebd: socket.into(), ..other };
-    assert!(matches!(GatewayRing::adopt(no_bell, Position::default()), Err(RingError::Bell(_))));
+    let datagrams = OwnedFd::from(std::os::unix::net::UnixDatagram::unbound().expect("opens"));
+    let tcp = OwnedFd::from(std::net::TcpListener::bind("127.0.0.1:0").expect("listens"));
+    let (eventfd, socket) = (&other.to_gateway, &other.to_nebd);
+    for (to_gateway, to_nebd) in
+        [(socket, socket), (eventfd, eventfd), (eventfd, &datagrams), (eventfd, &tcp)]
+    {
+        let [to_gateway, to_nebd] = [to_gateway, to_nebd].map(|fd| fd.try_clone().expect("clones"));
+        let (_, good) = NebdRing::create().expect("creates");
+        let no_bell = RingFds { to_gateway, to_nebd, ..good };
+        assert!(matches!(GatewayRing::adopt(no_bell, Position::default()), Err(RingError::Bell(_))));
+    }
+}
+
+/// nebd has what it passed on, too: it fills a bell of its own and sets it to block.
+#[test]
+fn a_bell_that_nebd_has_filled_and_set_to_block_does_not_hold_the_gateway() {
+    let (mut nebd, fds) = NebdRing::create().expect("creates");
+    let kept = [fds.to_gateway.try_clone().expect("clones"), fds.to_nebd.try_clone().expect("clones")];
+    let (mut gateway, _bell) = GatewayRing::adopt(fds, Position::default()).expect("adopts");
+    for bell in kept {
+        while rustix::io::write(&bell, &(u64::MAX - 1).to_ne_bytes()).is_ok() {}
+        rustix::fs::fcntl_setfl(&bell, rustix::fs::OFlags::empty()).expect("is set to block");
+    }
+    let (rang, hears) = std::sync::mpsc::channel();
+    nebd.push(&request(5, BlockOp::Write, 512), &pieces(1));
+    nebd.publish();
+    assert!(nebd.sleep().expect("valid"));
+    std::thread::spawn(move || {
+        gateway.pop(&mut Vec::new()).expect("valid");
+        gateway.push(&done(5)).expect("room");
+        gateway.publish();
+        let _ = rang.send(gateway.bells());
+    });
+    assert_eq!(hears.recv_timeout(std::time::Duration::from_secs(20)), Ok(1), "the gateway goes on");
+}
+
+#[test]
+fn a_bell_is_silent_until_it_is_rung_again() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let (mut nebd, fds) = NebdRing::create().expect("creates");
+    let (mut gateway, _bell) = GatewayRing::adopt(fds, Position::default()).expect("adopts");
+    let is_rung = |nebd: &NebdRing| {
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&nebd.bell(), PollFlags::IN)], Some(&at_once)).expect("polls") == 1
+    };
+    for id in 0..1000 {
+        nebd.push(&request(id, BlockOp::Flush, 0), &[]);
+        nebd.publish();
+        assert!(nebd.sleep().expect("valid") && !is_rung(&nebd));
+        gateway.pop(&mut Vec::new()).expect("valid");
+        gateway.push(&done(id)).expect("room");
+        gateway.publish();
+        assert!(is_rung(&nebd), "{id}");
+        nebd.silence();
+        assert_eq!(nebd.pop().expect("valid"), Some(done(id)));
+    }
 }
 
 #[test]
@@ -201,7 +254,7 @@ fn a_real_ring_carries_requests_and_bells() {
     assert!(nebd.sleep().expect("valid"));
     gateway.push(&done(5)).expect("room");
     gateway.publish();
-    assert_eq!(rustix::io::read(nebd.bell(), &mut [0; 8]), Ok(8), "was rung");
+    assert_eq!(rustix::io::read(nebd.bell(), &mut [0; 8]), Ok(1), "was rung");
     assert_eq!(nebd.pop().expect("valid"), Some(done(5)));
     assert_eq!((nebd.bells(), gateway.bells()), (1, 1));
     let again = gateway.fds(bell.as_fd()).expect("clones");
@@ -299,7 +352,7 @@ mod model {
         }
     }
 
-    /// An eventfd.
+    /// What wakes the side that waits for it, once for as often as it was rung.
     #[derive(Default)]
     struct Bell {
         rung: Mutex<bool>,
