@@ -17,7 +17,8 @@ const QUEUE_SIZE: u16 = 256;
 /// No answer takes this long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn wish(memory: usize) -> Wish {
+/// One virtqueue, and memory for requests.
+pub fn wish(memory: usize) -> Wish {
     Wish { queues: 1, queue_size: QUEUE_SIZE, read_only: false, memory }
 }
 
@@ -48,6 +49,26 @@ pub fn run(socket: &Path, workload: &Workload, span_bytes: u64, seconds: u32) ->
         begun: vec![Instant::now(); depth],
     };
     load.run(Duration::from_secs(u64::from(seconds)))
+}
+
+/// Writes the first `bytes` of the device, as a guest.
+///
+/// # Errors
+/// Those of the device, and the first request that it fails.
+pub fn write_whole(socket: &Path, bytes: u64) -> anyhow::Result<()> {
+    const BLOCK: usize = 1 << 20;
+    let mut disk = VirtioDisk::open(socket, wish(BLOCK))?;
+    let slot = disk.slot(0, &[BLOCK])?;
+    let mut data = vec![0; BLOCK];
+    StdRng::seed_from_u64(0xf111).fill(&mut data[..]);
+    disk.fill(0, &data)?;
+    for at in 0..bytes.div_ceil(BLOCK as u64) {
+        disk.write(0, at * BLOCK as u64, &slot, 0);
+        let mut answers = Vec::new();
+        disk.reap(0, 1, PATIENCE, &mut answers)?;
+        ensure!(answers == [Answered { tag: 0, result: 0 }], "{answers:?}");
+    }
+    Ok(())
 }
 
 /// Time from a connection to the answer of its first read, microseconds.

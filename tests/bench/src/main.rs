@@ -6,7 +6,7 @@ use spline_bench::fio::{self, Figures, WORKLOADS, Workload};
 use spline_bench::peers::{self, Peer};
 use spline_bench::report::{Series, against, table};
 use spline_bench::rest::{self, Resting};
-use spline_bench::{cpu, floor, guest, load};
+use spline_bench::{cpu, floor, guest, idle, load, upgrade};
 use spline_harness::storage_daemon::Serving;
 use spline_harness::vhost::Shown;
 use spline_harness::{Cluster, Dev, Export, Rig, StorageDaemon, VhostExport};
@@ -26,12 +26,22 @@ struct Args {
     /// Bytes of each volume that are used; filled with data before the first round.
     #[arg(long, default_value_t = 1 << 30)]
     span: u64,
-    /// Only this part: file, cluster, vhost (a file, as a guest's disk), vhost-cluster or hop (what the link costs).
+    /// Only this part: file, cluster, vhost (a file, as a guest's disk), vhost-cluster, hop (what the link costs), upgrade (what
+    /// guests see of a gateway that is replaced) or idle.
     #[arg(long)]
     engine: Option<String>,
-    /// Only workloads whose name contains this, such as "4K randwrite".
+    /// Only workloads whose name contains this, such as "4K randwrite"; of upgrade and idle only the engine, file or cluster.
     #[arg(long, default_value = "")]
     workload: String,
+    /// Upgrades, and as many crashes.
+    #[arg(long, default_value_t = 30)]
+    upgrades: u32,
+    /// Volumes of the gateway that is upgraded.
+    #[arg(long, default_value_t = 50)]
+    volumes: usize,
+    /// Exports of the gateway that rests.
+    #[arg(long, default_value_t = 200)]
+    exports: usize,
     /// Where the tables go; standard output too.
     #[arg(long, default_value = "docs/performance.md")]
     out: PathBuf,
@@ -123,6 +133,12 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("vhost-cluster") {
         text += &vhost_on_a_cluster(&args)?;
+    }
+    if wanted("upgrade") {
+        text += &upgrade::table(args.volumes, args.upgrades, &args.workload)?;
+    }
+    if wanted("idle") {
+        text += &idle::table(args.exports, &args.workload)?;
     }
     print!("{text}");
     std::fs::write(&args.out, text).with_context(|| format!("cannot write {}", args.out.display()))

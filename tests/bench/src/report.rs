@@ -40,6 +40,14 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// The least value that at least this share of the values does not pass. 0 of none.
+pub fn percentile(values: &[f64], share: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (values.len() as f64 * share).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
+}
+
 /// One workload's table: a row a server; ratios are taken round by round against the first server.
 pub fn table(workload: &str, block_bytes: u32, rows: &[(String, Series)]) -> String {
     let mut text = format!(
@@ -104,6 +112,14 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn percentiles_are_values_that_were_seen() {
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!((percentile(&values, 0.5), percentile(&values, 0.99)), (100.0, 198.0));
+        assert_eq!(percentile(&values[..30], 0.99), 200.0);
+        assert_eq!(percentile(&[], 0.99), 0.0);
     }
 
     #[test]

@@ -60,20 +60,29 @@ pub fn table(servers: &[Resting<'_>]) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// Memory of a process, its guest's left out.
-struct Memory {
-    own_kib: u64,
-    anonymous_kib: u64,
+/// Memory of a process, its proportional share of each page, KiB.
+pub struct Memory {
+    /// Its own, and files: everything but what is shared by descriptors.
+    pub own_kib: u64,
+    /// Of that, what is no file.
+    pub anonymous_kib: u64,
+    /// Guest memory and rings.
+    pub shared_kib: u64,
 }
 
 impl Memory {
-    fn of(pid: u32) -> anyhow::Result<Self> {
+    /// That of a process.
+    ///
+    /// # Errors
+    /// Those of /proc.
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
         let path = format!("/proc/{pid}/smaps_rollup");
         let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
         let kib = |name: &str| of_line(&text, name).with_context(|| format!("no {name} in {path}"));
         let anonymous_kib = kib("Pss_Anon:")?;
         // Guest memory is a memfd: Pss_Shmem.
-        Ok(Self { own_kib: anonymous_kib + kib("Pss_File:")?, anonymous_kib })
+        let (own_kib, shared_kib) = (anonymous_kib + kib("Pss_File:")?, kib("Pss_Shmem:")?);
+        Ok(Self { own_kib, anonymous_kib, shared_kib })
     }
 }
 
@@ -84,7 +93,10 @@ fn of_line(text: &str, name: &str) -> Option<u64> {
 }
 
 /// Voluntary context switches of all threads of these processes.
-fn switches(pids: &[u32]) -> anyhow::Result<u64> {
+///
+/// # Errors
+/// Those of /proc.
+pub fn switches(pids: &[u32]) -> anyhow::Result<u64> {
     let mut sum = 0;
     for pid in pids {
         for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
