@@ -179,7 +179,8 @@ pub(crate) trait Lane: Send {
     fn begin(&mut self, ticket: u32, request: &BlockRequest, data: SharedData) -> Result<(), SharedData>;
 
     /// Starts what was begun since the last call, all with one system call, and appends what has ended. Ready if anything
-    /// has; else the waker is told when something may have. A lane that breaks fails everything it has, and takes nothing more.
+    /// has; else the waker is told when something may have. A lane that breaks takes nothing more; what the kernel may still carry
+    /// out it ends when that has.
     fn poll(&mut self, cx: &mut Context<'_>, ended: &mut Vec<Ended>) -> Poll<()>;
 
     /// Nothing is under way.

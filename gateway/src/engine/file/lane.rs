@@ -37,7 +37,7 @@ const FLIGHTS_MAX: usize = 1024;
 /// A link's way into a file.
 pub(super) struct FileLane {
     disk: Arc<Disk>,
-    /// `None` once the ring has failed: then everything is for the general path.
+    /// There until it is dropped.
     work: Option<Work>,
 }
 
@@ -50,6 +50,8 @@ struct Work {
     queued: usize,
     /// Of one look at the completions; kept for its memory.
     landed: Vec<Landed>,
+    /// The ring has failed: nothing more is given to it, and everything is for the general path.
+    broken: bool,
 }
 
 impl FileLane {
@@ -87,7 +89,7 @@ impl Lane for FileLane {
             return Err(data);
         };
         let direct = kind != Kind::Sync && self.disk.is_direct(request.range);
-        if work.flights.is_full() || (direct && !self.disk.alignment.fits(data.pieces())) {
+        if work.broken || work.flights.is_full() || (direct && !self.disk.alignment.fits(data.pieces())) {
             return Err(data);
         }
         let alone = matches!(kind, Kind::Write { .. });
@@ -100,16 +102,7 @@ impl Lane for FileLane {
 
     fn poll(&mut self, cx: &mut Context<'_>, ended: &mut Vec<Ended>) -> Poll<()> {
         let Some(work) = &mut self.work else { return Poll::Pending };
-        match work.poll(cx, &self.disk, ended) {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Ok(())) => Poll::Ready(()),
-            Poll::Ready(Err(error)) => {
-                tracing::error!(path = %self.disk.path.display(), %error, "io_uring of a link does not go on, its requests fail");
-                ended.extend(work.flights.tickets().map(|ticket| (ticket, Err(Fault::Internal))));
-                self.give_up();
-                Poll::Ready(())
-            }
-        }
+        work.poll(cx, &self.disk, ended)
     }
 
     fn is_idle(&self) -> bool {
@@ -150,19 +143,23 @@ impl Work {
             todo: VecDeque::new(),
             queued: 0,
             landed: Vec::new(),
+            broken: false,
         })
     }
 
-    /// Ready when anything has ended, or with the reason why the kernel does not go on.
-    fn poll(&mut self, cx: &mut Context<'_>, disk: &Disk, ended: &mut Vec<Ended>) -> Poll<io::Result<()>> {
+    /// Ready when anything has ended.
+    fn poll(&mut self, cx: &mut Context<'_>, disk: &Disk, ended: &mut Vec<Ended>) -> Poll<()> {
+        let before = ended.len();
         loop {
-            if !self.todo.is_empty() {
-                self.launch(cx)?;
+            if !self.todo.is_empty()
+                && let Err(error) = self.launch(cx)
+            {
+                self.break_down(disk, &error, ended);
             }
-            let (before, todo) = (ended.len(), self.todo.len());
+            let todo = self.todo.len();
             self.land(disk, ended);
             if ended.len() > before {
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(());
             }
             if self.todo.len() > todo {
                 continue;
@@ -170,9 +167,30 @@ impl Work {
             match std::task::ready!(self.ring.poll_read_ready(cx)) {
                 // What has ended since the look above made the descriptor ready anew, which this does not undo.
                 Ok(mut guard) => guard.clear_ready(),
-                Err(error) => return Poll::Ready(Err(error)),
+                Err(error) => {
+                    self.break_down(disk, &error, ended);
+                    return if ended.len() > before { Poll::Ready(()) } else { Poll::Pending };
+                }
             }
         }
+    }
+
+    /// The ring can not be gone on with. What the kernel was not given fails; what it has it may still carry out: that is answered
+    /// when it has ended, however long that takes, and its memory and claims are kept until then.
+    fn break_down(&mut self, disk: &Disk, error: &io::Error, ended: &mut Vec<Ended>) {
+        if std::mem::replace(&mut self.broken, true) {
+            return;
+        }
+        // The kernel may have taken some before it failed.
+        let taken = self.queued - self.ring.get_mut().submission().len();
+        self.todo.drain(..taken);
+        self.queued = 0;
+        let unsent = self.todo.drain(..).filter_map(|slot| self.flights.remove(slot, Err(Errno::CANCELED)));
+        let unsent: Vec<Landed> = unsent.collect();
+        ended.extend(unsent.iter().map(|landed| (landed.ticket, Err(Fault::Internal))));
+        disk.overlaps.release(unsent.into_iter().map(|landed| landed.claim));
+        let under_way = self.flights.tickets().count();
+        tracing::error!(path = %disk.path.display(), %error, under_way, "io_uring of a link does not go on, what it had not begun fails");
     }
 
     /// Gives the kernel what is to be done.
@@ -214,6 +232,9 @@ impl Work {
             let slot = entry.user_data() as u32;
             match self.flights.land(slot, entry.result()) {
                 Outcome::Landed(landed) => self.landed.push(landed),
+                Outcome::Again if self.broken => {
+                    self.landed.extend(self.flights.remove(slot, Err(Errno::IO)))
+                }
                 Outcome::Again => self.todo.push_back(slot),
                 Outcome::Unknown => {
                     tracing::error!(slot, "io_uring answered an operation that is not under way")

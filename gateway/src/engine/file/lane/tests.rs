@@ -365,6 +365,15 @@ async fn a_sync_that_fails_poisons_the_file() {
     assert!(lane.begin(1, &request(BlockOp::Write, 0, 4096), data(&regions, &[(0, 4096)])).is_err());
 }
 
+/// Nothing more can be given to a lane's ring.
+fn break_ring(lane: &FileLane) {
+    let null = std::fs::File::open("/dev/null").expect("opens");
+    let ring = lane.work.as_ref().expect("works").ring.as_raw_fd();
+    // SAFETY: the number stays the ring's, which closes it; it is only another file from now on.
+    let mut place = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(ring) });
+    rustix::io::dup2(&null, &mut place).expect("replaces");
+}
+
 #[tokio::test]
 async fn a_ring_that_breaks_fails_what_it_has_and_takes_nothing_more() {
     let dir = tempfile::tempdir().expect("temporary directory");
@@ -372,17 +381,37 @@ async fn a_ring_that_breaks_fails_what_it_has_and_takes_nothing_more() {
         let regions = memory();
         let read = request(BlockOp::Read, 0, 4096);
         assert!(lane.begin(5, &read, data(&regions, &[(0, 4096)])).is_ok());
-        let null = std::fs::File::open("/dev/null").expect("opens");
-        let ring = lane.work.as_ref().expect("works").ring.as_raw_fd();
-        // SAFETY: the number stays the ring's, which closes it; it is only another file from now on.
-        let mut place = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(ring) });
-        rustix::io::dup2(&null, &mut place).expect("replaces");
+        break_ring(&lane);
         assert_eq!(ended(&mut lane, 1).await, [(5, Err(Fault::Internal))]);
         assert!(lane.is_idle() && lane.begin(6, &read, data(&regions, &[(0, 4096)])).is_err());
         assert!(poll_fn(|cx| Poll::Ready(lane.poll(cx, &mut Vec::new()))).await.is_pending());
         assert_eq!(super::tests::read(&engine, 0, 4096).await.len(), 4096, "the general path serves");
         engine.close().await;
     }
+}
+
+#[tokio::test]
+async fn what_the_kernel_has_of_a_ring_that_breaks_is_answered_when_it_has_ended() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let Some((engine, mut lane, mut writer)) = pipe(dir.path()) else { return eprintln!("no io_uring here") };
+    let regions = memory();
+    let read = |at: u64| request(BlockOp::Read, at, 4096);
+    assert!(lane.begin(1, &read(0), data(&regions, &[(0, 4096)])).is_ok());
+    let mut none = Vec::new();
+    assert!(poll_fn(|cx| Poll::Ready(lane.poll(cx, &mut none))).await.is_pending());
+    assert!(lane.begin(2, &read(4096), data(&regions, &[(4096, 4096)])).is_ok());
+    break_ring(&lane);
+    assert_eq!(ended(&mut lane, 1).await, [(2, Err(Fault::Internal))], "was not begun");
+    assert!(lane.begin(3, &read(8192), data(&regions, &[(8192, 4096)])).is_err(), "takes nothing more");
+    assert!(poll_fn(|cx| Poll::Ready(lane.poll(cx, &mut none))).await.is_pending() && none.is_empty());
+    let alone = |at| engine.disk.overlaps.claim(ByteRange::new(at, 4096).expect("fits"), true);
+    assert!(alone(0).is_none() && !lane.is_idle(), "the kernel has it");
+    let free = alone(4096).expect("was given back");
+    engine.disk.overlaps.release([free].into_iter());
+    writer.write_all(&[9; 4096]).expect("writes");
+    assert_eq!(ended(&mut lane, 1).await, [(1, Ok(()))]);
+    assert!(bytes_of(&data(&regions, &[(0, 4096)])) == [9; 4096] && lane.is_idle());
+    assert!(alone(0).is_some());
 }
 
 #[derive(Clone, Debug)]
