@@ -6,7 +6,7 @@
 use crate::link::{self, Links};
 use anyhow::Context;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
-use spline_process::activation;
+use spline_process::{activation, listening};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -61,8 +61,8 @@ impl Listener {
         Ok(Self { listener: UnixListener::from_std(listener)?, path: path.to_owned(), is_systemds, lock })
     }
 
-    /// Takes the socket that systemd listens on, or binds it. A file that a dead gateway left is replaced; a living one is not
-    /// disturbed.
+    /// Takes the socket that systemd listens on for this process, or binds it. A file that a dead gateway left is replaced; one
+    /// on which somebody listens is not touched.
     pub(crate) fn bind(path: &Path) -> anyhow::Result<Self> {
         let lock = hold(path)?;
         let (listener, is_systemds) = match activation::take_unix_listener(path)? {
@@ -123,6 +123,14 @@ fn bind_anew(path: &Path) -> anyhow::Result<UnixListener> {
     let shown = path.display();
     match std::fs::symlink_metadata(path) {
         Ok(found) if found.file_type().is_socket() => {
+            // Its lock is free, so no gateway accepts there: systemd does, before it starts one.
+            let taken = listening::is_listened_on(path);
+            if taken.with_context(|| format!("can not tell whether somebody listens: link_socket={shown}"))? {
+                anyhow::bail!(
+                    "somebody listens here already; if that is systemd, start the gateway by systemctl start spline-gateway, \
+                     or stop spline-gateway.socket first: link_socket={shown}"
+                );
+            }
             info!(path = %shown, "socket of a gateway that has ended is replaced");
             std::fs::remove_file(path).with_context(|| format!("can not remove a socket: path={shown}"))?;
         }
@@ -190,6 +198,13 @@ mod tests {
         std::os::unix::net::UnixStream::connect(&path).expect("the first still listens");
         drop(listener);
         assert!(!path.exists());
+        // systemd, which starts a gateway when somebody connects.
+        let systemds = std::os::unix::net::UnixListener::bind(&path).expect("binds");
+        let refused = Listener::bind(&path).err().expect("is not taken away").to_string();
+        assert!(refused.contains("systemctl") && refused.contains("link_socket="), "{refused}");
+        std::os::unix::net::UnixStream::connect(&path).expect("has its name still");
+        drop(systemds);
+        std::fs::remove_file(&path).expect("removes");
         std::fs::write(&path, "precious").expect("writes");
         assert!(Listener::bind(&path).is_err(), "a file is not a stale socket");
         assert_eq!(std::fs::read_to_string(&path).expect("reads"), "precious");

@@ -6,11 +6,12 @@
 use anyhow::{Context, bail};
 use rustix::fs::Stat;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use spline_process::listening;
 use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 /// Owner and group may connect: QEMU runs as a user of its own.
@@ -66,7 +67,10 @@ impl Listener {
             if !metadata.file_type().is_socket() {
                 bail!("listen path is not a socket, choose another: path={}", path.display());
             }
-            if UnixStream::connect(path).is_ok() {
+            let taken = listening::is_listened_on(path);
+            if taken
+                .with_context(|| format!("can not tell whether somebody listens: path={}", path.display()))?
+            {
                 bail!("another process listens here, stop it or choose another: path={}", path.display());
             }
             std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
@@ -171,6 +175,7 @@ fn socket(family: AddressFamily) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use std::net::TcpStream;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_dead_socket_is_replaced_and_a_live_one_is_not() {

@@ -5,7 +5,7 @@
 //! Knows: TOML, clap, tracing, OpenMetrics text, signals, what systemd passes to a process and wants to hear from it.
 //! Must never know: what the process does, the cluster, any wire format.
 //!
-//! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → `open_files` → [`activation`] → [`metrics`] →
+//! Modules in the order in which a start meets them: [`flags`] → [`config`] → [`logs`] → `open_files` → [`activation`] → [`listening`] → [`metrics`] →
 //! [`ready`] → [`watchdog`] → [`signals`]; [`standard_streams`] of one that takes over.
 
 #![deny(unsafe_code)]
@@ -13,6 +13,7 @@
 pub mod activation;
 pub mod config;
 pub mod flags;
+pub mod listening;
 pub mod logs;
 pub mod metrics;
 mod open_files;
