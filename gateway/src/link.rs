@@ -21,17 +21,19 @@ use crate::registry::Registry;
 use crate::session::{Caller, Membership, Order, Session};
 use hello::Carrier;
 pub(crate) use hello::Facts;
-use spline_link::LinkError;
 use spline_link::ring::GatewayRing;
+use spline_link::{LinkError, Message};
 use spline_types::{BlockOp, BlockRequest, Fault};
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tracing::{info, warn};
 
-/// Time for a farewell to reach a nebd that reads slowly; it replays without one as well.
+/// Time for a farewell, or the last answers, to reach a nebd that reads slowly; it replays without one as well.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 
 /// What every link of a gateway needs.
@@ -175,6 +177,48 @@ async fn next_signal(membership: &mut Membership) -> Signal {
 fn hear_no_more(membership: &mut Membership) {
     membership.orders.close();
     while membership.orders.try_recv().is_ok() {}
+}
+
+/// What a link can do still when it winds up.
+trait WindsUp {
+    /// Answers what has ended, and writes what can be written; ready when nothing runs.
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+    /// Ready when everything is written.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+    /// Queues a frame.
+    fn push(&mut self, message: Message);
+}
+
+/// Lets what runs on a link end, and says farewell. Afterwards nothing runs, or the drain limit has passed. A nebd that takes
+/// nothing does not hold it up for long.
+async fn wind_up(link: &mut impl WindsUp, ending: &Ending, session: &Session, drain_limit: Duration) {
+    let farewell = match ending {
+        Ending::Leaving => Message::Leaving,
+        Ending::Lost => Message::Lost,
+        Ending::Detached | Ending::Gone | Ending::Frozen(_) => {
+            let leaving = session.leaving.clone();
+            tokio::select! {
+                () = poll_fn(|cx| link.poll_ended(cx)) => {}
+                () = async { leaving.cancelled().await; tokio::time::sleep(drain_limit).await } => return,
+            }
+            if matches!(ending, Ending::Detached) {
+                // What it does not take it does not want.
+                let _ = tokio::time::timeout(FAREWELL_LIMIT, poll_fn(|cx| link.poll_flush(cx))).await;
+            }
+            return;
+        }
+    };
+    let drained = async {
+        poll_fn(|cx| link.poll_ended(cx)).await;
+        poll_fn(|cx| link.poll_flush(cx)).await
+    };
+    // A socket that fails is found by the farewell.
+    drop(tokio::time::timeout(drain_limit, drained).await);
+    link.push(farewell);
+    let said = tokio::time::timeout(FAREWELL_LIMIT, poll_fn(|cx| link.poll_flush(cx))).await;
+    if !matches!(said, Ok(Ok(()))) {
+        info!(volume = %session.name, "farewell did not reach nebd");
+    }
 }
 
 /// Waits until a link's predecessors have ended.

@@ -13,7 +13,7 @@ mod requests;
 use super::bell::Bell;
 use super::control::{Control, Said};
 use super::hello::Facts;
-use super::{Breach, Ending, FAREWELL_LIMIT, Links, Signal, hear_no_more, next_signal, predecessors_ended};
+use super::{Breach, Ending, Links, Signal, WindsUp, hear_no_more, next_signal, predecessors_ended, wind_up};
 use crate::admission::Permit;
 use crate::buffer::BufferPool;
 use crate::engine::{Ended, Lane};
@@ -162,7 +162,8 @@ impl RingLink {
             self.freeze(freeze).await;
             info!(%volume, "link is given away");
         } else {
-            self.wind_up(&ending, drain_limit).await;
+            self.deaf = matches!(ending, Ending::Gone);
+            wind_up(&mut self, &ending, &membership.session, drain_limit).await;
             for given_up in self.requests.drain() {
                 self.metrics.dropped(given_up.request.op, super::data_of(&given_up.request).into());
             }
@@ -343,46 +344,10 @@ impl RingLink {
         Ok(self.ring.push(&answer)?)
     }
 
-    /// Ready when nothing runs and everything is shown.
+    /// Ready when nothing runs and everything is written.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            match self.collect(cx) {
-                Ok(true) => {}
-                Ok(false) => break,
-                // Nobody is to hear more; what runs is waited for all the same.
-                Err(_) => self.deaf = true,
-            }
-        }
-        self.ring.publish();
-        // A socket that fails has nothing left to flush.
-        let _ = self.control.poll_flush(cx);
-        let idle = self.requests.is_empty() && (self.deaf || self.control.is_flushed());
-        if idle { Poll::Ready(()) } else { Poll::Pending }
-    }
-
-    /// Lets what runs end, says farewell. Afterwards nothing runs, or the drain limit has passed.
-    async fn wind_up(&mut self, ending: &Ending, drain_limit: Duration) {
-        let leaving = self.session.leaving.clone();
-        let farewell = match ending {
-            Ending::Leaving => Some(Message::Leaving),
-            Ending::Lost => Some(Message::Lost),
-            Ending::Detached | Ending::Gone | Ending::Frozen(_) => None,
-        };
-        self.deaf = matches!(ending, Ending::Gone);
-        let drained = poll_fn(|cx| self.poll_drain(cx));
-        match farewell {
-            Some(_) => drop(tokio::time::timeout(drain_limit, drained).await),
-            None => tokio::select! {
-                () = drained => {}
-                () = async { leaving.cancelled().await; tokio::time::sleep(drain_limit).await } => {}
-            },
-        }
-        let Some(farewell) = farewell else { return };
-        self.control.push(farewell);
-        let said = tokio::time::timeout(FAREWELL_LIMIT, poll_fn(|cx| self.control.poll_flush(cx))).await;
-        if !matches!(said, Ok(Ok(()))) {
-            info!(volume = %self.session.name, "farewell did not reach nebd");
-        }
+        let ended = self.poll_ended(cx).is_ready();
+        if ended && (self.deaf || self.control.is_flushed()) { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Lets what runs end, withdraws the rest, gives the link away.
@@ -432,5 +397,30 @@ impl RingLink {
         let position = self.ring.position();
         let (socket, partial, fds) = self.control.into_parts()?;
         Ok(Frozen { socket, partial, fds, ring, position, regions, facts: self.facts, stopped, withdrawn })
+    }
+}
+
+impl WindsUp for RingLink {
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match self.collect(cx) {
+                Ok(true) => {}
+                Ok(false) => break,
+                // Nobody is to hear more; what runs is waited for all the same.
+                Err(_) => self.deaf = true,
+            }
+        }
+        self.ring.publish();
+        // A socket that fails has nothing left to flush.
+        let _ = self.control.poll_flush(cx);
+        if self.requests.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.control.poll_flush(cx)
+    }
+
+    fn push(&mut self, message: Message) {
+        self.control.push(message);
     }
 }

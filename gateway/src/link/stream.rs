@@ -6,8 +6,8 @@ mod intake;
 mod outbox;
 
 use super::{
-    Breach, Ending, FAREWELL_LIMIT, Links, Signal, data_of, fitting, hear_no_more, next_signal,
-    predecessors_ended,
+    Breach, Ending, Links, Signal, WindsUp, data_of, fitting, hear_no_more, next_signal, predecessors_ended,
+    wind_up,
 };
 use crate::admission::Permit;
 use crate::engine::EngineAnswer;
@@ -21,6 +21,7 @@ use outbox::Outbox;
 use spline_link::{Header, Message};
 use spline_types::{BlockRequest, Completion, Fault};
 use std::future::{Future, poll_fn};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -63,7 +64,10 @@ impl Link {
             Err(ending) => ending,
         };
         hear_no_more(&mut membership);
-        self.wind_up(&ending, drain_limit).await;
+        if matches!(ending, Ending::Gone) {
+            self.outbox.discard();
+        }
+        wind_up(&mut self, &ending, &membership.session, drain_limit).await;
         info!(volume = %self.session.name, ?ending, "link is closed");
         // Requests that are given up are dropped before others are told that this link has ended.
         drop(self);
@@ -137,40 +141,22 @@ impl Link {
         }
         any
     }
+}
 
-    /// Lets what runs end, says farewell. Afterwards nothing runs, or the drain limit has passed.
-    async fn wind_up(&mut self, ending: &Ending, drain_limit: Duration) {
-        let leaving = self.session.leaving.clone();
-        if matches!(ending, Ending::Gone) {
-            self.outbox.discard();
-        }
-        let drained = poll_fn(|cx| self.poll_drain(cx));
-        let farewell = match ending {
-            Ending::Leaving => Some(Message::Leaving),
-            Ending::Lost => Some(Message::Lost),
-            Ending::Detached | Ending::Gone | Ending::Frozen(_) => None,
-        };
-        match farewell {
-            Some(_) => drop(tokio::time::timeout(drain_limit, drained).await),
-            None => tokio::select! {
-                () = drained => {}
-                () = async { leaving.cancelled().await; tokio::time::sleep(drain_limit).await } => {}
-            },
-        }
-        let Some(farewell) = farewell else { return };
-        self.outbox.push(&Header::bare(farewell));
-        let said = tokio::time::timeout(FAREWELL_LIMIT, poll_fn(|cx| self.outbox.poll_flush(cx))).await;
-        if !matches!(said, Ok(Ok(()))) {
-            info!(volume = %self.session.name, "farewell did not reach nebd");
-        }
-    }
-
-    /// Ready when nothing runs and everything is written.
-    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+impl WindsUp for Link {
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while self.collect(cx) {}
         // A socket that fails makes the outbox empty: then only the requests are waited for.
         let _ = self.outbox.poll_flush(cx);
-        if self.running.is_empty() && self.outbox.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+        if self.running.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.outbox.poll_flush(cx)
+    }
+
+    fn push(&mut self, message: Message) {
+        self.outbox.push(&Header::bare(message));
     }
 }
 

@@ -590,6 +590,28 @@ async fn a_session_ends_with_its_last_link() {
 }
 
 #[tokio::test]
+async fn a_nebd_that_detaches_and_takes_nothing_does_not_keep_its_link() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (gateway, volume) = file_gateway(dir.path(), |config| config.session_grace = Duration::ZERO).await;
+    let mut nebd = Nebd::open(connect(&gateway).await, &volume, 1, Mode::Open).await;
+    // More than a socket holds.
+    for id in 0..4 {
+        nebd.request(id, BlockOp::Read, 0, SIZE, &[]).await;
+    }
+    nebd.send(Message::Detach, &[]).await;
+    let image = std::fs::File::open(dir.path().join("disk")).expect("opens");
+    let given_back = async {
+        // The lock is the engine's, which ends with its last link.
+        while image.try_lock().is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), given_back).await.expect("the link ends");
+    drop(nebd);
+    gateway.shutdown().await;
+}
+
+#[tokio::test]
 async fn closing_a_volume_lets_its_links_leave() {
     let bench = Bench::new(16, Duration::from_secs(600));
     let mut nebd = bench.link(1, Mode::Open).await;
