@@ -5,6 +5,8 @@ CARGO ?= cargo
 # Tests that start real processes: each has a cluster of its own, so they run one at a time (RUST_TEST_THREADS).
 PROCESS_TESTS = -p spline-conformance -p spline-fault -p spline-e2e
 ROUNDS ?= 20
+# Of the random schedule of faults in make soak.
+SOAK_SECONDS ?= 1800
 CASES ?= 20000
 FUZZ_SECONDS ?= 600
 FUZZ_TOOLCHAIN ?= nightly
@@ -39,10 +41,11 @@ test: cargo tools
 	$(CARGO) build --workspace --bins --locked
 	RUST_TEST_THREADS=1 $(CARGO) test --workspace --locked
 
-# The fault and conformance tests again, with more rounds and larger images, on optimised binaries.
+# The fault and conformance tests again, with more rounds and larger images, on optimised binaries. The random schedule of
+# faults says its seed; SPLINE_SEED=... repeats it.
 soak: cargo tools
 	$(CARGO) build --release --workspace --bins --locked
-	SPLINE_ROUNDS=$(ROUNDS) RUST_TEST_THREADS=1 $(CARGO) test --release --locked $(PROCESS_TESTS)
+	SPLINE_ROUNDS=$(ROUNDS) SPLINE_SOAK_SECONDS=$(SOAK_SECONDS) RUST_TEST_THREADS=1 $(CARGO) test --release --locked $(PROCESS_TESTS)
 
 bench: cargo tools
 	$(CARGO) build --release --workspace --bins --locked

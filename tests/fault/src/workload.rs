@@ -62,7 +62,15 @@ impl Workload {
             waiting_since: None,
             told: Arc::clone(&told),
         };
-        Self { thread: std::thread::spawn(move || runner.run()), told }
+        let thread = std::thread::spawn(move || {
+            let outcome = runner.run();
+            if let Err(error) = &outcome {
+                // Whoever waits for progress meanwhile is told no more than that there is none.
+                eprintln!("workload: {error:#}");
+            }
+            outcome
+        });
+        Self { told, thread }
     }
 
     /// Requests answered so far.
@@ -78,6 +86,11 @@ impl Workload {
     /// Longest that a request has waited for its answer so far, over reconnections: what a guest notices.
     pub fn longest_wait(&self) -> Duration {
         Duration::from_micros(self.told.longest_wait.load(Ordering::Acquire))
+    }
+
+    /// As [`longest_wait`](Self::longest_wait), since this was asked before.
+    pub fn take_longest_wait(&self) -> Duration {
+        Duration::from_micros(self.told.longest_wait.swap(0, Ordering::AcqRel))
     }
 
     /// From now on the end of the connection is no defect.

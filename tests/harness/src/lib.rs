@@ -8,7 +8,7 @@
 //! [`ports`]; [`proxy`] holds messages back, [`small_disk`] can be filled, [`metrics`] are read, [`nbd`] speaks to exports,
 //! [`tool`] runs foreign clients, [`wait`] waits. [`vhost`] starts a nebd for a guest, [`storage_daemon`] what it is compared with,
 //! [`virtio`] is the guest's driver; [`guest`] is a whole guest, [`qmp`] its machine; [`machine`] is a host with systemd. [`stalls`] tells how long clients waited,
-//! [`rounds`] how often a test is to be repeated.
+//! [`rounds`] how often a test is to be repeated, how long and with which seed.
 
 pub mod binaries;
 pub mod cluster;
@@ -40,7 +40,7 @@ pub use machine::Machine;
 pub use process::Process;
 pub use qmp::Qmp;
 pub use rig::Rig;
-pub use rounds::rounds;
+pub use rounds::{rounds, seed, soak_time};
 pub use stalls::Stalls;
 pub use storage_daemon::StorageDaemon;
 pub use tempfile::tempdir;

@@ -1,9 +1,14 @@
 //! One process under test: started, killed, stopped, continued, restarted; its log kept.
 
 use anyhow::{Context, bail};
-use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_getfd, pidfd_open,
+    set_child_subreaper, waitpid,
+};
 use std::ffi::OsString;
 use std::fs::File;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -204,6 +209,38 @@ impl Process {
         let status = crate::wait_until("a process to end", limit, || running.try_wait())?;
         self.running = None;
         Ok(status)
+    }
+
+    /// Cuts the connections that it has accepted on the unix socket at `path`, as if either side had closed them: both are told.
+    /// Also of one that is stopped. Answers how many there were.
+    ///
+    /// # Errors
+    /// If it does not run, or the system keeps its descriptors from us.
+    pub fn cut(&self, path: &Path) -> anyhow::Result<usize> {
+        let id = self.id().with_context(|| format!("does not run: process={}", self.name))?;
+        let pid = i32::try_from(id).ok().and_then(Pid::from_raw).context("no such process id")?;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        let mut cut = 0;
+        for entry in std::fs::read_dir(format!("/proc/{id}/fd"))? {
+            let entry = entry?;
+            // What was closed meanwhile is not there any more.
+            let Ok(target) = std::fs::read_link(entry.path()) else { continue };
+            if !target.to_string_lossy().starts_with("socket:") {
+                continue;
+            }
+            let number = entry.file_name().to_string_lossy().parse()?;
+            let Ok(socket) = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) else { continue };
+            let socket = UnixStream::from(socket);
+            // A socket that listens has a name too, but no peer; those of another family have neither.
+            let (Ok(local), Ok(_)) = (socket.local_addr(), socket.peer_addr()) else { continue };
+            // It may have been bound under a longer name and renamed.
+            let is_there = |name: &Path| name.to_string_lossy().starts_with(&*path.to_string_lossy());
+            if local.as_pathname().is_some_and(is_there) {
+                socket.shutdown(Shutdown::Both)?;
+                cut += 1;
+            }
+        }
+        Ok(cut)
     }
 
     fn signal(&self, signal: Signal) -> anyhow::Result<()> {

@@ -11,7 +11,12 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::JoinHandle;
 use tempfile::TempDir;
+
+/// An upgrade that is under way.
+#[derive(Debug)]
+pub struct Upgrading(JoinHandle<anyhow::Result<String>>);
 
 /// Something that serves volumes.
 #[derive(Debug)]
@@ -186,19 +191,37 @@ impl Rig {
     /// # Errors
     /// Why the gateway was not upgraded.
     pub fn upgrade(&mut self, binary: Option<&Path>) -> anyhow::Result<Value> {
+        let upgrading = self.begin_upgrade(binary)?;
+        self.end_upgrade(upgrading)
+    }
+
+    /// Begins what [`Rig::upgrade`] does; the command runs by itself until [`Rig::end_upgrade`] waits for it.
+    ///
+    /// # Errors
+    /// If the command can not be run.
+    pub fn begin_upgrade(&self, binary: Option<&Path>) -> anyhow::Result<Upgrading> {
         Process::adopt_orphans()?;
         let mut command = gateway_command("upgrade", self.gateway_admin())?;
         if let Some(binary) = binary {
             command.arg("--binary").arg(binary);
         }
-        let text = tool::run(&mut command)?;
+        Ok(Upgrading(std::thread::spawn(move || tool::run(&mut command))))
+    }
+
+    /// Waits for the end of an upgrade; from then on the new process is the gateway. Answers what the command said.
+    ///
+    /// # Errors
+    /// Why the gateway was not upgraded.
+    pub fn end_upgrade(&mut self, upgrading: Upgrading) -> anyhow::Result<Value> {
+        let text = upgrading.0.join().map_err(|_| anyhow::anyhow!("panicked"))??;
         let told: Value = serde_json::from_str(&text).with_context(|| format!("not json: {text:?}"))?;
         let pid = told["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("no process id")?;
         self.gateway_mut().follow(pid, START_LIMIT)?;
         Ok(told)
     }
 
-    fn gateway_socket(&self) -> PathBuf {
+    /// Link socket of the gateway.
+    pub fn gateway_socket(&self) -> PathBuf {
         self.dir().join("gateway.sock")
     }
 }

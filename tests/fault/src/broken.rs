@@ -1,0 +1,24 @@
+//! Builds of the gateway that break in the middle of an upgrade, made where a gateway under test takes them.
+//!
+//! Called by tests that upgrade. Must not know how they break: their names say it, to the program `broken_gateway` too.
+
+use anyhow::Context;
+use spline_harness::binaries;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+/// The build that breaks as `name` says, in `dir`, where nobody else may write; `program` is where `broken_gateway` lies.
+///
+/// # Errors
+/// Those of the system.
+pub fn build(dir: &Path, program: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let (path, own) = (dir.join(name), dir.join("broken_gateway"));
+    if !own.exists() {
+        // The build's directory may be anybody's.
+        std::fs::copy(program, &own)?;
+    }
+    let real = binaries::find("spline-gateway")?;
+    std::fs::write(dir.join(format!("{name}.real")), real.to_str().context("a path of letters")?)?;
+    symlink(&own, &path)?;
+    Ok(path)
+}
