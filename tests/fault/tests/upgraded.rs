@@ -2,6 +2,7 @@
 
 use anyhow::{Context, ensure};
 use spline_fault::block;
+use spline_fault::broken::build;
 use spline_fault::guest::GuestLoad;
 use spline_fault::history::History;
 use spline_fault::workload::{BLOCKS, EXPORT_BYTES, RECOVERY_LIMIT, Workload};
@@ -9,15 +10,14 @@ use spline_harness::nbd::{Connection, Kind};
 use spline_harness::vhost::Shown;
 use spline_harness::{Cluster, Process, Rig, Shape, Stalls, binaries, rounds, wait_until};
 use std::io::Write;
-use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Answers to see before and after each step.
 const PROGRESS: u64 = 100;
 
 /// New builds that fail before the commit, and what the command must say. Kinds of messages: 1 hello, 4 proven, 9 prepared.
-const FAILING: [(&str, &[&str]); 9] = [
+const FAILING: [(&str, &[&str]); 10] = [
     ("exits", &["phase=proof", "exit status: 1"]),
     ("panics", &["phase=proof", "a build that panics"]),
     ("future", &["state version is unknown", "theirs_min=9", "ours_max="]),
@@ -27,6 +27,7 @@ const FAILING: [(&str, &[&str]); 9] = [
     ("dies-at-4", &["phase=proof", "exit status: 3"]),
     // The first of preparation that the new one is told: it has proved that it can serve.
     ("dies-at-5", &["phase=preparation", "exit status: 3"]),
+    ("panics-at-5", &["phase=preparation", "exit status: 101", "a build that panics"]),
     // Every session was opened by the new one.
     ("dies-at-9", &["phase=preparation", "exit status: 3"]),
 ];
@@ -45,18 +46,7 @@ fn epoch(rig: &Rig) -> anyhow::Result<u64> {
 
 /// A broken build under the name that says how it breaks.
 fn broken(rig: &Rig, name: &str) -> anyhow::Result<PathBuf> {
-    let path = rig.dir().join(name);
-    let own = rig.dir().join("broken_gateway");
-    if !own.exists() {
-        // Where nobody else may write, unlike perhaps the build's directory.
-        std::fs::copy(env!("CARGO_BIN_EXE_broken_gateway"), &own)?;
-    }
-    std::fs::write(
-        rig.dir().join(format!("{name}.real")),
-        binaries::find("spline-gateway")?.to_str().context("path")?,
-    )?;
-    symlink(&own, &path)?;
-    Ok(path)
+    build(rig.dir(), Path::new(env!("CARGO_BIN_EXE_broken_gateway")), name)
 }
 
 /// Upgrades again and again under load; the file that is started is another one each second time.

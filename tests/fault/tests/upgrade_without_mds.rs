@@ -1,0 +1,80 @@
+//! The metadata server goes away before or in the middle of an upgrade: the upgrade fails and says why, no client sees an error.
+
+use anyhow::{Context, ensure};
+use spline_fault::broken::build;
+use spline_fault::history::History;
+use spline_fault::workload::{BLOCKS, EXPORT_BYTES, RECOVERY_LIMIT, Workload};
+use spline_harness::{Rig, wait_until};
+use std::path::Path;
+
+/// Answers to see before and after each step.
+const PROGRESS: u64 = 100;
+/// Each part of the upgrade may take so long.
+const LIMIT: &str = "upgrade_limit = \"4s\"\n";
+
+fn refused<T: std::fmt::Debug>(outcome: anyhow::Result<T>) -> anyhow::Result<String> {
+    match outcome {
+        Ok(told) => anyhow::bail!("must fail: {told:?}"),
+        Err(refused) => Ok(format!("{refused:#}")),
+    }
+}
+
+fn mds(rig: &mut Rig) -> anyhow::Result<&mut spline_harness::Process> {
+    match rig {
+        Rig::Cluster(cluster) => Ok(&mut cluster.mds),
+        Rig::File { .. } => anyhow::bail!("a cluster is needed"),
+    }
+}
+
+fn before_the_proof() -> anyhow::Result<()> {
+    let mut rig = Rig::cluster_with(LIMIT)?;
+    let export = rig.serve("disk", EXPORT_BYTES)?;
+    let pid = rig.gateway().id();
+    let workload = Workload::start(&export.socket, &export.volume, History::new(BLOCKS), 1);
+    workload.wait_for_progress(PROGRESS)?;
+    mds(&mut rig)?.kill9()?;
+    let said = refused(rig.upgrade(None))?;
+    ensure!(said.contains("phase=proof") && said.contains("metadata server"), "{said}");
+    // It is still away, and the old one serves as before.
+    workload.wait_for_progress(PROGRESS)?;
+    ensure!(rig.gateway_status()?["pid"].as_u64() == pid.map(u64::from));
+    mds(&mut rig)?.start()?;
+    wait_until("the upgrade", RECOVERY_LIMIT, || rig.upgrade(None).map(Some))?;
+    workload.wait_for_progress(PROGRESS)?;
+    workload.finish().map(drop)
+}
+
+#[test]
+fn an_upgrade_without_a_metadata_server_changes_nothing() {
+    before_the_proof().expect("the old one goes on");
+}
+
+/// It is lost when the new process has proved that it could be reached, and is about to open the sessions.
+fn after_the_proof() -> anyhow::Result<()> {
+    let mut rig = Rig::cluster_with(LIMIT)?;
+    let export = rig.serve("disk", EXPORT_BYTES)?;
+    let pid = rig.gateway().id();
+    let workload = Workload::start(&export.socket, &export.volume, History::new(BLOCKS), 2);
+    workload.wait_for_progress(PROGRESS)?;
+    // 5: the first message after the proof.
+    let binary = build(rig.dir(), Path::new(env!("CARGO_BIN_EXE_broken_gateway")), "waits-at-5")?;
+    let upgrading = rig.begin_upgrade(Some(&binary))?;
+    wait_until("the proof", RECOVERY_LIMIT, || Ok(binary.with_extension("reached").exists().then_some(())))?;
+    mds(&mut rig)?.kill9()?;
+    std::fs::write(binary.with_extension("go"), "")?;
+    let said = refused(rig.end_upgrade(upgrading))?;
+    ensure!(said.contains("phase=preparation"), "{said}");
+    ensure!(rig.gateway_status()?["pid"].as_u64() == pid.map(u64::from), "the old one is there");
+    // Nobody knows which of the two the metadata server has given the volume to: what comes now waits until it says so.
+    mds(&mut rig)?.start()?;
+    workload.wait_for_progress(PROGRESS).context("the old one goes on")?;
+    rig.upgrade(None)?;
+    workload.wait_for_progress(PROGRESS)?;
+    ensure!(workload.reconnected() == 0, "clients were disconnected");
+    workload.finish().map(drop)
+}
+
+#[test]
+fn a_metadata_server_that_is_lost_after_the_proof_is_an_upgrade_that_fails() {
+    after_the_proof().expect("the old one goes on");
+}
