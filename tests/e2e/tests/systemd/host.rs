@@ -5,6 +5,7 @@ use anyhow::{Context, ensure};
 use spline_conformance::disk::nbd::NbdDisk;
 use spline_conformance::disk::virtio::GuestDisk;
 use spline_harness::{Machine, binaries, tool};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -72,8 +73,13 @@ pub(crate) fn write(machine: &Machine, path: &str, text: &str) -> anyhow::Result
 
 /// A machine whose gateway and nebd are enabled and run; the guest's disks are files.
 pub(crate) fn with_a_guest() -> anyhow::Result<Machine> {
+    with_a_guest_and("")
+}
+
+/// As [`with_a_guest`], with more lines in the gateway's config.
+pub(crate) fn with_a_guest_and(gateway_config: &str) -> anyhow::Result<Machine> {
     let machine = installed()?;
-    write(&machine, "/etc/spline/gateway.toml", FILES_ONLY)?;
+    write(&machine, "/etc/spline/gateway.toml", &format!("{FILES_ONLY}{gateway_config}"))?;
     write(&machine, "/etc/spline/nebd/vm.toml", GUEST)?;
     machine.systemctl(&["enable", "spline.target", GATEWAY, NEBD])?;
     machine.systemctl(&["start", GATEWAY])?;
@@ -84,6 +90,31 @@ pub(crate) fn with_a_guest() -> anyhow::Result<Machine> {
     }
     machine.systemctl(&["start", NEBD])?;
     Ok(machine)
+}
+
+/// Puts a program in the place of one that is installed, as `make install` does.
+pub(crate) fn replace(machine: &Machine, name: &str, program: &[u8]) -> anyhow::Result<()> {
+    let (new, place) =
+        (machine.path(&format!("/usr/bin/.{name}.new")), machine.path(&format!("/usr/bin/{name}")));
+    std::fs::write(&new, program)?;
+    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755))?;
+    Ok(std::fs::rename(new, place)?)
+}
+
+/// The same build with another version: every place where the version stands is changed, to a number of the same length.
+pub(crate) fn another_build(program: &[u8], version: &str) -> anyhow::Result<(Vec<u8>, String)> {
+    let (major, rest) = version.split_once('.').context("a version")?;
+    let other = format!("{}.{rest}", if major == "9" { "8" } else { "9" });
+    let (from, to) = (version.as_bytes(), other.as_bytes());
+    let mut changed = program.to_vec();
+    let mut at = 0;
+    while let Some(found) = changed[at..].windows(from.len()).position(|window| window == from) {
+        at += found;
+        changed[at..at + to.len()].copy_from_slice(to);
+        at += to.len();
+    }
+    ensure!(changed != program, "the version does not stand in the program: version={version}");
+    Ok((changed, other))
 }
 
 /// Clients of both disks at work.

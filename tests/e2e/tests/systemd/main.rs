@@ -4,11 +4,13 @@
 //! Each test boots a machine of its own ([`spline_harness::machine`]).
 
 mod boot;
+mod broken_builds;
 mod cluster;
 mod crash;
 mod host;
 mod installed;
 mod load;
+mod nebd_replaced;
 mod qemu;
 mod runbook;
 #[path = "../guest/scripts.rs"]

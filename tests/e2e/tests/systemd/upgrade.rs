@@ -1,44 +1,20 @@
 //! `systemctl reload`: another build takes over under running clients, and one that can not serve changes nothing.
 
-use crate::host::{self, GATEWAY, LIMIT, NEBD};
+use crate::host::{self, GATEWAY, LIMIT, NEBD, another_build};
 use crate::load::Load;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use spline_harness::{Machine, Stalls, binaries, rounds, wait_until};
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 
 /// Rounds in `make test`.
 const USUAL_ROUNDS: usize = 2;
 /// Rounds of the load to see before and after each upgrade.
 const BEATS: u64 = 5;
-const INSTALLED: &str = "/usr/bin/spline-gateway";
+/// The gateway's program.
+const PROGRAM: &str = "spline-gateway";
 /// Said by nebd for each link that it opens.
 const LINK_IS_UP: &str = "link to the gateway is up";
-
-/// Puts a program in the gateway's place as `make install` does.
-fn install(machine: &Machine, program: &[u8]) -> anyhow::Result<()> {
-    let (new, place) = (machine.path("/usr/bin/.spline-gateway.new"), machine.path(INSTALLED));
-    std::fs::write(&new, program)?;
-    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755))?;
-    Ok(std::fs::rename(new, place)?)
-}
-
-/// The same build with another version: every place where the version stands is changed, to a number of the same length.
-fn another_build(program: &[u8], version: &str) -> anyhow::Result<(Vec<u8>, String)> {
-    let (major, rest) = version.split_once('.').context("a version")?;
-    let other = format!("{}.{rest}", if major == "9" { "8" } else { "9" });
-    let (from, to) = (version.as_bytes(), other.as_bytes());
-    let mut changed = program.to_vec();
-    let mut at = 0;
-    while let Some(found) = changed[at..].windows(from.len()).position(|window| window == from) {
-        at += found;
-        changed[at..at + to.len()].copy_from_slice(to);
-        at += to.len();
-    }
-    ensure!(changed != program, "the version does not stand in the program: version={version}");
-    Ok((changed, other))
-}
 
 fn status(machine: &Machine) -> anyhow::Result<Value> {
     Ok(serde_json::from_str(&machine.run("spline", &["gateway", "status", "--json"])?)?)
@@ -48,7 +24,7 @@ fn version(machine: &Machine) -> anyhow::Result<String> {
     status(machine)?["version"].as_str().map(str::to_owned).context("a version")
 }
 
-fn links_opened(machine: &Machine) -> anyhow::Result<usize> {
+pub(crate) fn links_opened(machine: &Machine) -> anyhow::Result<usize> {
     Ok(machine.journal(NEBD)?.matches(LINK_IS_UP).count())
 }
 
@@ -81,7 +57,7 @@ fn to_another_build_and_back_is_not_noticed() -> anyhow::Result<()> {
     let mut stalls = Stalls::default();
     for _ in 0..rounds(USUAL_ROUNDS) {
         for (program, wanted) in [(&other_program, &other), (&program, &first)] {
-            install(&machine, program)?;
+            host::replace(&machine, PROGRAM, program)?;
             reload(&machine, &mut loads)?;
             ensure!(version(&machine)? == *wanted);
             stalls.add("gateway upgraded, nbd", loads[0].longest());
@@ -129,6 +105,16 @@ fn the_one_that_took_over_is_watched_and_restarted_as_the_first_was() -> anyhow:
     Ok(())
 }
 
+/// Reloads to a build that fails, and answers the reason that the command told: its own words, not those of the processes.
+pub(crate) fn reload_fails(machine: &Machine) -> anyhow::Result<String> {
+    let since = machine.run("date", &["+%s.%N"])?;
+    machine.fails("systemctl", &["reload", GATEWAY])?;
+    let since = format!("--since=@{}", since.trim());
+    let journal = machine.run("journalctl", &["--no-pager", "--unit", GATEWAY, &since])?;
+    let told = journal.lines().filter(|line| line.contains("spline["));
+    Ok(told.collect::<Vec<_>>().join("\n"))
+}
+
 /// Builds that can not serve, and what the reason must name.
 const BAD: [(&str, &str, &str); 3] = [
     ("exits", "#!/bin/sh\necho 'no such thing as a disk' >&2\nexit 1\n", "no such thing as a disk"),
@@ -147,14 +133,9 @@ fn a_build_that_can_not_serve_leaves_the_old_one_serving() -> anyhow::Result<()>
     let (gateway, nebd) = (host::main_pid(&machine, GATEWAY)?, host::main_pid(&machine, NEBD)?);
     let links = links_opened(&machine)?;
     for (what, program, reason) in BAD {
-        install(&machine, program.as_bytes())?;
-        let since = machine.run("date", &["+%s.%N"])?;
-        machine.fails("systemctl", &["reload", GATEWAY]).with_context(|| what.to_owned())?;
-        let since = format!("--since=@{}", since.trim());
-        let journal = machine.run("journalctl", &["--no-pager", "--unit", GATEWAY, &since])?;
-        // The reason is the command's, not only the log's of the process that failed.
-        let told = journal.lines().any(|line| line.contains("spline[") && line.contains(reason));
-        ensure!(told, "build={what} reason={reason:?}\n{journal}");
+        host::replace(&machine, PROGRAM, program.as_bytes())?;
+        let journal = reload_fails(&machine).with_context(|| what.to_owned())?;
+        ensure!(journal.contains(reason), "build={what} reason={reason:?}\n{journal}");
         ensure!(machine.property(GATEWAY, "ActiveState")? == "active", "{journal}");
         ensure!(host::main_pid(&machine, GATEWAY)? == gateway, "build={what}: the old one serves\n{journal}");
         loads.iter_mut().try_for_each(|load| load.wait_for_beats(BEATS)).context(what)?;
@@ -163,7 +144,7 @@ fn a_build_that_can_not_serve_leaves_the_old_one_serving() -> anyhow::Result<()>
     let left = machine.run("cat", &[&format!("/sys/fs/cgroup/systemd{}/cgroup.procs", group.trim())])?;
     ensure!(left.lines().count() == 1, "those that failed are gone: {left:?}");
     ensure!(links_opened(&machine)? == links, "nobody has noticed:\n{}", machine.journal(NEBD)?);
-    install(&machine, &std::fs::read(binaries::find("spline-gateway")?)?)?;
+    host::replace(&machine, PROGRAM, &std::fs::read(binaries::find(PROGRAM)?)?)?;
     reload(&machine, &mut loads)?;
     for load in loads {
         load.finish()?;
