@@ -118,6 +118,11 @@ pub(crate) trait Engine: Send + Sync + 'static {
         None
     }
 
+    /// Whether links have a lane.
+    fn has_lane(&self) -> bool {
+        false
+    }
+
     /// Ends everything that runs and gives the volume back. Later requests fail with `Fenced`.
     fn close(&self) -> BoxFuture<'_, ()>;
 

@@ -5,7 +5,7 @@
 use crate::buffer::BufferPool;
 use crate::config::Config;
 use crate::engine::Engines;
-use crate::link::Links;
+use crate::link::{LaneThreads, Links};
 use crate::listener::Listener;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, SessionLimits};
@@ -76,6 +76,7 @@ impl Parts {
             metrics: counts,
             buffers,
             drain_limit: config.drain_limit,
+            threads: LaneThreads::default(),
         });
         Self { config, id, registry, links, leaving }
     }

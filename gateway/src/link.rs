@@ -1,6 +1,7 @@
 //! One connection from a nebd: hello, then requests in and replies out, then a farewell.
 //!
-//! Started by the listener. One task does all of it, so that a burst of requests costs one wake, not one each. `hello` agrees with
+//! Started by the listener. One task does all of it, so that a burst of requests costs one wake, not one each; if the engine has
+//! a lane, on one of the `threads` that run nothing else. `hello` agrees with
 //! nebd; afterwards requests travel in a ring of shared memory (`ring`, with frames over `control`), or, with a nebd that has
 //! none, over the socket (`stream`). Knows: frames and how a request ends. Must not know: how a session serves. Invariants:
 //! `complete_once` (an id is answered once by whoever has taken it), `replay_before_new` (a new link is served only when its
@@ -13,6 +14,7 @@ pub(crate) mod ring;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod threads;
 
 use crate::buffer::BufferPool;
 use crate::engine::EngineAnswer;
@@ -26,10 +28,11 @@ use spline_link::{LinkError, Message};
 use spline_types::{BlockOp, BlockRequest, Fault};
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
+pub(crate) use threads::LaneThreads;
 use tokio::net::UnixStream;
 use tracing::{info, warn};
 
@@ -43,6 +46,7 @@ pub(crate) struct Links {
     pub(crate) buffers: BufferPool,
     /// How long a link that is told to leave waits for its running requests.
     pub(crate) drain_limit: Duration,
+    pub(crate) threads: LaneThreads,
 }
 
 /// Why what nebd says ends its link.
@@ -97,14 +101,14 @@ pub(crate) async fn serve(mut stream: UnixStream, links: Arc<Links>) {
     links.metrics.links.inc();
     let detached = match greeted.carrier {
         Carrier::Ring(rings, bell) => {
-            let control = control::Control::new(stream);
-            match ring::RingLink::new(control, (*rings, bell), greeted.facts, &session, &links) {
-                Ok(link) => link.run(membership, socket, links.drain_limit).await,
-                Err(error) => {
-                    warn!(%volume, %error, "link can not be served");
-                    false
-                }
-            }
+            // Its thread has a runtime of its own.
+            let stream = stream.into_std();
+            let facts = greeted.facts;
+            let make = move |session: &Arc<Session>, links: &Links| {
+                let control = control::Control::new(UnixStream::from_std(stream?)?);
+                ring::RingLink::new(control, (*rings, bell), facts, session, links)
+            };
+            serve_ring(make, membership, socket, &links).await
         }
         Carrier::Socket => {
             let link = stream::Link::new(stream, Arc::clone(&session), greeted.facts.read_only, &links);
@@ -117,31 +121,49 @@ pub(crate) async fn serve(mut stream: UnixStream, links: Arc<Links>) {
 
 /// Goes on with a link that another process of this gateway has frozen.
 pub(crate) async fn go_on(frozen: ring::Frozen, session: Arc<Session>, links: Arc<Links>) {
-    let volume = session.name.clone();
     let stream = std::os::unix::net::UnixStream::from(frozen.socket);
-    let taken = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
-    let parts = taken.and_then(|stream| Ok((stream.as_fd().try_clone_to_owned().map(Arc::new)?, stream)));
-    let (socket, stream) = match parts {
-        Ok(parts) => parts,
-        Err(error) => return warn!(%volume, %error, "link can not be gone on with, nebd will connect again"),
-    };
-    let caller = Caller { instance: frozen.facts.instance, socket: &socket, ring: true };
-    let membership = session.join(caller);
-    let control = control::Control::going_on(stream, frozen.partial, frozen.fds);
-    let ring = GatewayRing::adopt(frozen.ring, frozen.position).map_err(io::Error::other);
-    let link = ring.and_then(|ring| ring::RingLink::new(control, ring, frozen.facts, &session, &links));
-    let link = match link.and_then(|link| link.going_on(frozen.regions)) {
-        Ok(link) => link,
+    let socket = match stream.set_nonblocking(true).and_then(|()| stream.as_fd().try_clone_to_owned()) {
+        Ok(socket) => Arc::new(socket),
         Err(error) => {
-            warn!(%volume, %error, "link can not be gone on with, nebd will connect again");
-            drop(membership);
-            return links.registry.link_left(session, false);
+            return warn!(volume = %session.name, %error, "link can not be gone on with, nebd will connect again");
         }
     };
+    let facts = frozen.facts;
+    let membership = session.join(Caller { instance: facts.instance, socket: &socket, ring: true });
+    let make = move |session: &Arc<Session>, links: &Links| {
+        let stream = UnixStream::from_std(stream)?;
+        let control = control::Control::going_on(stream, frozen.partial, frozen.fds);
+        let ring = GatewayRing::adopt(frozen.ring, frozen.position).map_err(io::Error::other)?;
+        ring::RingLink::new(control, ring, facts, session, links)?.going_on(frozen.regions)
+    };
     links.metrics.links.inc();
-    let detached = link.run(membership, socket, links.drain_limit).await;
+    let detached = serve_ring(make, membership, socket, &links).await;
     links.metrics.links.dec();
     links.registry.link_left(session, detached);
+}
+
+/// Makes a link with a ring and serves it to its end, both on the thread where it stays. True if nebd has ended for good.
+async fn serve_ring(
+    make: impl FnOnce(&Arc<Session>, &Links) -> io::Result<ring::RingLink> + Send + 'static,
+    membership: Membership,
+    socket: Arc<OwnedFd>,
+    links: &Arc<Links>,
+) -> bool {
+    let (session, all) = (Arc::clone(&membership.session), Arc::clone(links));
+    let has_lane = session.engine.has_lane();
+    let served = async move {
+        match make(&session, &all) {
+            Ok(link) => link.run(membership, socket, all.drain_limit).await,
+            Err(error) => {
+                warn!(volume = %session.name, %error, "link can not be served, nebd will connect again");
+                false
+            }
+        }
+    };
+    match has_lane {
+        true => links.threads.run(served).await.unwrap_or(false),
+        false => served.await,
+    }
 }
 
 /// What happens to a link from outside.

@@ -147,6 +147,10 @@ impl Engine for FileEngine {
         Some(Box::new(FileLane::start(&self.disk)?))
     }
 
+    fn has_lane(&self) -> bool {
+        matches!(self.disk.executor, Executor::Ring(_))
+    }
+
     fn close(&self) -> BoxFuture<'_, ()> {
         let disk = Arc::clone(&self.disk);
         Box::pin(async move {

@@ -39,6 +39,8 @@ use tracing::{info, warn};
 const TURNS_MAX: usize = 32;
 /// Requests taken in one turn: what has ended is to be shown before too long.
 const TAKES_PER_TURN: usize = 128;
+/// As above, for a lane: the disk is to have the first of a burst while the others are taken. One system call each time.
+const LANE_TAKES_PER_TURN: usize = 8;
 
 /// The order to give a link away.
 #[derive(Debug)]
@@ -255,7 +257,8 @@ impl RingLink {
                 }
             }
         }
-        for taken in 0..TAKES_PER_TURN {
+        let most = if self.lane.is_some() { LANE_TAKES_PER_TURN } else { TAKES_PER_TURN };
+        for taken in 0..most {
             let Some(request) = self.ring.pop(&mut self.pieces)? else { return Ok(taken > 0) };
             if self.pieces.iter().any(|piece| !self.regions.has(piece.region)) {
                 // A region is told before the first request that names it, but the runtime may hear of that later.

@@ -363,7 +363,13 @@ impl Bench {
         let opener = Box::new(One(Arc::clone(&engine)));
         let registry = Arc::new(Registry::new(opener, limits, Arc::clone(&metrics), leaving.clone()));
         let drain_limit = Duration::from_millis(200);
-        let links = Arc::new(Links { registry, metrics, buffers: BufferPool::new(), drain_limit });
+        let links = Arc::new(Links {
+            registry,
+            metrics,
+            buffers: BufferPool::new(),
+            drain_limit,
+            threads: LaneThreads::default(),
+        });
         Self { engine, links, leaving }
     }
 

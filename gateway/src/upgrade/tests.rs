@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::engine::{
     Engine, EngineAnswer, EngineTraits, Legacy, OpenError, Opener, Passed, Standing, Wanted,
 };
-use crate::link::Links;
+use crate::link::{LaneThreads, Links};
 use crate::listener::Listener;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, SessionLimits};
@@ -150,6 +150,7 @@ impl Side {
             metrics,
             buffers: BufferPool::new(),
             drain_limit: Duration::from_secs(1),
+            threads: LaneThreads::default(),
         });
         Self { registry, links, log }
     }

@@ -1,0 +1,132 @@
+//! Threads for links whose engine has a lane. Each runs the tasks of its links alone: a runtime that moves a task between its threads
+//! has both wake for each burst of completions, because the kernel tells of one in the thread that asked for it.
+//!
+//! Used by [`link`](super). Must not know: what a link does. `bounded`: as many threads as processors, each started when a link
+//! needs it.
+
+use std::future::Future;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::runtime::{Builder, Handle};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::warn;
+
+/// The threads of a gateway. They end when it is dropped.
+#[derive(Default)]
+pub(crate) struct LaneThreads {
+    threads: Mutex<Vec<LaneThread>>,
+}
+
+struct LaneThread {
+    runtime: Handle,
+    links: Arc<AtomicUsize>,
+    #[allow(dead_code, reason = "held for its drop")]
+    end: DropGuard,
+}
+
+/// A link's place in a thread.
+struct Place(Arc<AtomicUsize>);
+
+impl LaneThreads {
+    /// Runs a link's future on the thread that has the fewest; here if there is none to be had. `None` if it panicked.
+    pub(super) async fn run<F>(&self, link: F) -> Option<F::Output>
+    where
+        F: Future<Output: Send + 'static> + Send + 'static,
+    {
+        match self.place() {
+            Ok((runtime, place)) => {
+                let served = runtime.spawn(async move {
+                    let output = link.await;
+                    drop(place);
+                    output
+                });
+                served.await.ok()
+            }
+            Err(error) => {
+                warn!(%error, "no thread is left for a link, it is served beside others");
+                Some(link.await)
+            }
+        }
+    }
+
+    fn place(&self) -> io::Result<(Handle, Place)> {
+        let most = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let load = |thread: &LaneThread| thread.links.load(Ordering::Relaxed);
+        let all_busy = threads.iter().all(|thread| load(thread) > 0);
+        if all_busy && threads.len() < most {
+            let number = threads.len();
+            threads.push(LaneThread::start(number)?);
+        }
+        let least = threads.iter().min_by_key(|thread| load(thread));
+        let thread = least.ok_or(io::ErrorKind::NotFound)?;
+        thread.links.fetch_add(1, Ordering::Relaxed);
+        Ok((thread.runtime.clone(), Place(Arc::clone(&thread.links))))
+    }
+}
+
+impl LaneThread {
+    fn start(number: usize) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let (handle, end) = (runtime.handle().clone(), CancellationToken::new());
+        let ended = end.clone();
+        let thread = std::thread::Builder::new().name(format!("lane-{number}"));
+        thread.spawn(move || runtime.block_on(ended.cancelled()))?;
+        Ok(Self { runtime: handle, links: Arc::default(), end: end.drop_guard() })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn links_are_spread_over_threads_and_leave_them() {
+        let threads = Arc::new(LaneThreads::default());
+        let most = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut links = Vec::new();
+        for _ in 0..most {
+            let (started, name) = oneshot::channel();
+            let (end, ended) = oneshot::channel::<()>();
+            let all = Arc::clone(&threads);
+            let link = tokio::spawn(async move {
+                let link = async move {
+                    let name = std::thread::current().name().map(str::to_owned);
+                    started.send(name).expect("is waited for");
+                    ended.await.expect("is told to end");
+                };
+                all.run(link).await
+            });
+            links.push((name.await.expect("starts"), end, link));
+        }
+        let mut names: Vec<_> = links.iter().map(|(name, ..)| name.clone().expect("has a name")).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), most, "one each: {names:?}");
+        for (_, end, link) in links {
+            end.send(()).expect("listens");
+            assert_eq!(link.await.expect("ends"), Some(()));
+        }
+        let name = threads.run(async { std::thread::current().name().map(str::to_owned) }).await;
+        assert!(name.flatten().is_some_and(|name| names.contains(&name)), "no more threads than processors");
+        assert_eq!(threads.threads.lock().expect("whole").len(), most);
+    }
+
+    #[tokio::test]
+    async fn a_link_that_panics_takes_no_other_with_it() {
+        let threads = LaneThreads::default();
+        assert_eq!(threads.run(async { panic!("a link that panics") }).await, None::<()>);
+        assert_eq!(threads.run(async { 1 }).await, Some(1));
+        assert!(
+            threads.threads.lock().expect("whole").iter().all(|one| one.links.load(Ordering::Relaxed) == 0)
+        );
+    }
+}
