@@ -54,9 +54,10 @@ impl GuestLoad {
         let answered = || self.told.answered.load(Ordering::Acquire);
         let wanted = answered() + count;
         wait_until("a guest's requests to be answered", RECOVERY_LIMIT, || {
-            ensure!(!self.thread.is_finished() || answered() >= wanted, "workload ended: {}", answered());
-            Ok((answered() >= wanted).then_some(()))
-        })
+            Ok((answered() >= wanted || self.thread.is_finished()).then_some(()))
+        })?;
+        ensure!(answered() >= wanted, "workload ended: answered={}", answered());
+        Ok(())
     }
 
     /// Longest that the guest, with its queue full, has gone without an answer so far.

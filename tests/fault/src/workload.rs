@@ -105,13 +105,10 @@ impl Workload {
     pub fn wait_for_progress(&self, count: u64) -> anyhow::Result<()> {
         let wanted = self.answered() + count;
         wait_until("requests to be answered", RECOVERY_LIMIT, || {
-            ensure!(
-                !self.thread.is_finished() || self.answered() >= wanted,
-                "workload ended: {}",
-                self.answered()
-            );
-            Ok((self.answered() >= wanted).then_some(()))
-        })
+            Ok((self.answered() >= wanted || self.thread.is_finished()).then_some(()))
+        })?;
+        ensure!(self.answered() >= wanted, "workload ended: answered={}", self.answered());
+        Ok(())
     }
 
     /// Stops sending, waits for every answer, reads all blocks and answers the history.
