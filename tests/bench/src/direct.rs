@@ -1,9 +1,11 @@
-//! A server that does without a link: nebd's vhost-user-blk device and the gateway's file engine in one process. What nebd and the
-//! gateway cost beyond it is the cost of the split.
+//! Servers that do without a link: nebd's vhost-user-blk device, or its NBD connections, and the gateway's file engine in one
+//! process. What nebd and the gateway cost beyond it is the cost of the split.
 //!
-//! Called by the binary `spline-bench-direct`. One thread speaks vhost-user, as in nebd; one serves the queues ([`worker`]).
-//! Must not know: links, sessions, replay.
+//! Called by the binary `spline-bench-direct`. Of a device one thread speaks vhost-user, as in nebd, and one serves the queues
+//! ([`worker`]); [`nbd`] is one thread. Must not know: links, sessions, replay.
+#![allow(unsafe_code)]
 
+pub mod nbd;
 pub mod worker;
 
 use anyhow::Context;
@@ -19,9 +21,13 @@ use spline_nebd::vhost::control;
 use spline_nebd::vhost::order::{Mailbox, Order, Report};
 use spline_types::limits::{REQUEST_BYTES_MAX, VOLUME_INFLIGHT_BYTES, VOLUME_INFLIGHT_REQUESTS};
 use spline_types::{BlockSize, Epoch, Geometry, OnUnavailable};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use worker::Worker;
 
 /// Serves `file` at `socket` to one front-end at a time, until the process is killed. `dir` is for status files.
@@ -100,18 +106,7 @@ fn serve_queues(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let file = LocalFile::open(path)?;
-        let accepted = Accepted {
-            version: LinkVersion::V3,
-            features: 0,
-            epoch: Epoch::new(0),
-            identity: file.identity(),
-            geometry: file.geometry(),
-            traits: file.traits(),
-            on_unavailable: OnUnavailable::Wait,
-            request_bytes_max: REQUEST_BYTES_MAX,
-            requests_max: VOLUME_INFLIGHT_REQUESTS as u32,
-            bytes_max: VOLUME_INFLIGHT_BYTES,
-        };
+        let accepted = accepted(&file);
         export.update(&accepted, false);
         reports.put(Report::Accepted(Box::new(accepted)));
         let mut worker = Worker::new(file, export, Arc::clone(orders), Arc::clone(reports))?;
@@ -119,4 +114,26 @@ fn serve_queues(
         worker.close().await;
         Ok(())
     })
+}
+
+/// What a gateway would say of the file.
+fn accepted(file: &LocalFile) -> Accepted {
+    Accepted {
+        version: LinkVersion::V3,
+        features: 0,
+        epoch: Epoch::new(0),
+        identity: file.identity(),
+        geometry: file.geometry(),
+        traits: file.traits(),
+        on_unavailable: OnUnavailable::Wait,
+        request_bytes_max: REQUEST_BYTES_MAX,
+        requests_max: VOLUME_INFLIGHT_REQUESTS as u32,
+        bytes_max: VOLUME_INFLIGHT_BYTES,
+    }
+}
+
+/// A descriptor that tells the runtime's thread when it can be read.
+fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: it is owned, so that the number stays its own until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }

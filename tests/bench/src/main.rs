@@ -247,7 +247,7 @@ fn hop(args: &Args) -> anyhow::Result<String> {
     [&file, &alone].into_iter().try_for_each(|file| write_whole(file, args.span))?;
     let ours = rig.export_to_guest(&volume, Shown { read_only: false, queues: 1 })?;
     let daemon = StorageDaemon::start(rig.dir(), "daemon", &file, Serving { read_only: false, queues: 1 })?;
-    let direct = peers::direct(rig.dir(), &alone)?;
+    let direct = peers::direct(rig.dir(), &alone, false)?;
     let nebd = ours.nebd.id().context("nebd does not run")?;
     let targets = [
         Target::vhost("qemu-storage-daemon", &daemon.socket, daemon.process.id().into_iter().collect()),
@@ -259,9 +259,25 @@ fn hop(args: &Args) -> anyhow::Result<String> {
         ),
     ];
     let text = measure(args, &[Client::Own], &targets, rig.dir())?;
+    drop((ours, direct, daemon));
     Ok(format!(
         "\n## What the link costs\n\nA guest's disk by the `blkio` crate's driver, one virtqueue: nebd and a gateway, nebd's device and the gateway's \
-         engine in one process\nwithout a link, and qemu-storage-daemon with cache.direct=on, aio=io_uring and an iothread.\n{text}"
+         engine in one process\nwithout a link, and qemu-storage-daemon with cache.direct=on, aio=io_uring and an iothread.\n{text}{}",
+        hop_of_nbd(args, &rig, &volume, &alone)?
+    ))
+}
+
+/// The same for NBD clients.
+fn hop_of_nbd(args: &Args, rig: &Rig, volume: &str, alone: &Path) -> anyhow::Result<String> {
+    let ours = rig.export(volume, false)?;
+    let direct = peers::direct(rig.dir(), alone, true)?;
+    let targets = [
+        Target::peer("one process, no link", &direct),
+        Target::ours("nebd + gateway", &ours, pids_of(rig, &ours)?),
+    ];
+    let text = measure(args, &Client::ALL, &targets, rig.dir())?;
+    Ok(format!(
+        "\n## What the link costs over NBD\n\nnebd and a gateway, and nebd's NBD server and the gateway's engine in one process without a link.\n{text}"
     ))
 }
 

@@ -71,14 +71,15 @@ impl Peer {
     }
 }
 
-/// Our own device and engine in one process, on `file`; its files lie in `dir`.
+/// Our own device, or our NBD server with `nbd`, and engine in one process, on `file`; its files lie in `dir`.
 ///
 /// # Errors
 /// The binary missing, or not listening within ten seconds.
-pub fn direct(dir: &Path, file: &Path) -> anyhow::Result<Peer> {
+pub fn direct(dir: &Path, file: &Path, nbd: bool) -> anyhow::Result<Peer> {
     let binary = std::env::current_exe()?.with_file_name("spline-bench-direct");
-    let socket = dir.join("direct.sock");
+    let socket = dir.join(if nbd { "direct-nbd.sock" } else { "direct.sock" });
     let mut command = Command::new(binary);
+    command.args(nbd.then_some("--nbd"));
     command
         .arg("--file")
         .arg(file)

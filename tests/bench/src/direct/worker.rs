@@ -2,8 +2,8 @@
 //!
 //! Polled by the thread of the queues. Obeys the same orders as nebd's worker, looks before it sleeps as that does
 //! ([`Polling`]), but keeps no table for a replay and knows no gateway. Must not know: vhost-user messages.
-#![allow(unsafe_code)]
 
+use super::watched;
 use spline_gateway::local::LocalFile;
 use spline_link::memory::SharedMemory;
 use spline_link::ring::Piece;
@@ -22,7 +22,6 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Chains fetched from a queue before the others get their turn, as nebd's worker does.
@@ -74,12 +73,6 @@ pub struct Worker {
     over: bool,
     polling: Polling,
     answered: Option<Instant>,
-}
-
-/// A descriptor that tells the runtime's thread when it can be read.
-fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: it is owned, so that the number stays its own until it is dropped.
-    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
 impl Served {
