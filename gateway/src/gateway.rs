@@ -10,7 +10,7 @@ use crate::listener::Listener;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, SessionLimits};
 use crate::service::{Admin, Service};
-use crate::upgrade::{HandOver, Launch, Passing, Predecessor, Sockets};
+use crate::upgrade::{HandOver, Launch, Passing, Predecessor, Reopening, Sockets};
 use crate::watchdog;
 use anyhow::Context;
 use spline_process::watchdog::Watchdog;
@@ -92,6 +92,7 @@ impl Parts {
         let Self { config, id, registry, links: shared, leaving } = self;
         let (gone, committed) = (CancellationToken::new(), CancellationToken::new());
         let (outcome, replaced) = watch::channel(None);
+        let (links, servers) = (TaskTracker::new(), TaskTracker::new());
         let hand_over = match launch {
             None => None,
             Some(launch) => Some(Arc::new(HandOver {
@@ -112,11 +113,11 @@ impl Parts {
                 leaving: leaving.clone(),
                 committed: committed.clone(),
                 outcome,
+                reopening: Reopening::new(Arc::clone(&shared), links.clone(), leaving.clone()),
                 one: tokio::sync::Mutex::default(),
                 links: AtomicU32::new(0),
             })),
         };
-        let (links, servers) = (TaskTracker::new(), TaskTracker::new());
         let link_path = listener.path().to_owned();
         servers.spawn(listener.run(shared, links.clone(), leaving.clone(), committed.clone()));
         let admin_address = admin.as_ref().map(Admin::address);

@@ -3,7 +3,8 @@
 //!
 //! Called by the service (the old process) and by `main` (the new one). In the order in which an upgrade meets them: [`launch`]
 //! (which binary) → `child` (starts it) → `channel` and `message` (what they say) → `hand_over` (the old process) and
-//! `take_over` (the new one), `links` for both; `version` lists the versions of what is passed on.
+//! `take_over` (the new one), `links` for both; `version` lists the versions of what is passed on. `reopening` goes on with the
+//! sessions of an upgrade that was given up.
 //!
 //! Proof: config, metadata server, versions. Preparation: the new one gets sockets and sessions, and opens every session anew,
 //! while the old one serves. Commit: session by session, the old one ends what runs, and the new one goes on. Links with a ring
@@ -21,6 +22,7 @@ mod child;
 mod hand_over;
 mod links;
 mod message;
+mod reopening;
 mod take_over;
 #[cfg(test)]
 mod tests;
@@ -28,6 +30,7 @@ mod version;
 
 pub(crate) use hand_over::{HandOver, Passing, UpgradeError, Upgraded};
 pub use launch::Launch;
+pub(crate) use reopening::Reopening;
 pub use take_over::Predecessor;
 pub(crate) use take_over::Sockets;
 

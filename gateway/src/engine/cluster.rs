@@ -298,6 +298,12 @@ impl Engine for ClusterEngine {
     fn prove(&self, by_name: bool) -> BoxFuture<'_, Result<(), OpenError>> {
         Box::pin(async move {
             self.leases.renew(std::slice::from_ref(&self.volume)).await.map_err(refused)?;
+            if self.volume.succession.has_heir() {
+                let name = &self.volume.name;
+                return Err(OpenError::Unavailable(format!(
+                    "the session is about to be opened anew, try again: volume={name}"
+                )));
+            }
             if by_name { self.volume.is_called_so() } else { Ok(()) }
         })
     }

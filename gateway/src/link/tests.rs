@@ -19,7 +19,7 @@ use spline_types::{
 };
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -265,6 +265,9 @@ struct Gated {
     renamed: Arc<AtomicBool>,
     /// One permit lets one proof end, without one the metadata server is away.
     proofs: Arc<Semaphore>,
+    /// Nothing can be opened.
+    away: Arc<AtomicBool>,
+    size: Arc<AtomicU64>,
 }
 
 impl Engine for Gated {
@@ -273,7 +276,7 @@ impl Engine for Gated {
     }
 
     fn geometry(&self) -> Geometry {
-        Geometry { size: SIZE, block_size: BlockSize::B512 }
+        Geometry { size: self.size.load(Ordering::Acquire), block_size: BlockSize::B512 }
     }
 
     fn traits(&self) -> EngineTraits {
@@ -330,13 +333,18 @@ impl Opener for One {
     fn open<'a>(&'a self, _: &'a VolumeName, _: Wanted) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
         let (log, gate) = (Arc::clone(&self.0.log), Arc::clone(&self.0.gate));
         let (over, proofs) = (Arc::clone(&self.0.over), Arc::clone(&self.0.proofs));
-        let renamed = Arc::clone(&self.0.renamed);
+        let (renamed, away) = (Arc::clone(&self.0.renamed), Arc::clone(&self.0.away));
+        let size = Arc::clone(&self.0.size);
         let standing = match over.swap(false, Ordering::AcqRel) {
             true => watch::Sender::new(Standing { size: SIZE, lost: false }),
             false => self.0.standing.clone(),
         };
         Box::pin(async move {
-            Ok(Arc::new(Gated { log, gate, standing, over, renamed, proofs }) as Arc<dyn Engine>)
+            if away.load(Ordering::Acquire) {
+                log.lock().expect("unpoisoned").push(("away", 0));
+                return Err(OpenError::Unavailable("away".to_owned()));
+            }
+            Ok(Arc::new(Gated { log, gate, standing, over, renamed, proofs, away, size }) as Arc<dyn Engine>)
         })
     }
 
@@ -355,8 +363,9 @@ impl Bench {
         let standing = watch::Sender::new(Standing { size: SIZE, lost: false });
         let (log, gate, over) = (Arc::default(), Arc::new(Semaphore::new(0)), Arc::default());
         let proofs = Arc::new(Semaphore::new(1000));
-        let renamed = Arc::default();
-        let engine = Arc::new(Gated { log, gate, standing, over, renamed, proofs });
+        let (renamed, away) = (Arc::default(), Arc::default());
+        let size = Arc::new(AtomicU64::new(SIZE));
+        let engine = Arc::new(Gated { log, gate, standing, over, renamed, proofs, away, size });
         let metrics = Arc::new(Metrics::new(&mut Default::default()));
         let leaving = CancellationToken::new();
         let limits = SessionLimits { requests, bytes: 64 << 20, grace };

@@ -1,5 +1,5 @@
-//! Sessions held still: by a process that passes them on, so that none is opened, joined or closed meanwhile; and by the one that
-//! takes them over, so that none is served before it may be.
+//! Sessions held still: by a process that passes them on, so that none is opened, joined or closed meanwhile; by the one that
+//! takes them over, so that none is served before it may be; and one of them, to put another in its place.
 //!
 //! Called by the upgrade. Whoever wants such a volume waits for its slot.
 
@@ -61,7 +61,25 @@ impl Registry {
     }
 }
 
+impl Registry {
+    /// Holds one session still; `None` if it is not served any more.
+    pub(crate) async fn hold_one(&self, session: &Arc<Session>) -> Option<HeldSession> {
+        let slot = self.slots().by_name.get(&session.name).cloned()?;
+        let slot = slot.lock_owned().await;
+        let is_served = slot.as_ref().is_some_and(|served| Arc::ptr_eq(served, session));
+        is_served.then(|| HeldSession { session: Arc::clone(session), slot })
+    }
+}
+
 impl HeldSession {
+    /// Serves the volume by another engine in place of the session, of which nothing runs any more.
+    pub(crate) fn replace(&mut self, registry: &Registry, engine: Arc<dyn Engine>) -> Arc<Session> {
+        registry.metrics.sessions.dec();
+        self.session = registry.opened(&self.session.name, engine);
+        *self.slot = Some(Arc::clone(&self.session));
+        Arc::clone(&self.session)
+    }
+
     /// Closes the session, which somebody else may have opened: its links leave within `limit`, and come back to one that is
     /// opened anew.
     pub(crate) async fn close(&mut self, registry: &Registry, limit: Duration) {

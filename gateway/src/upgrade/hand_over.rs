@@ -11,6 +11,7 @@ use super::launch::{self, Launch};
 use super::links;
 use super::message::{LEADERS_MAX, Message, Offer, SessionState, Sockets};
 use super::monotonic_ns;
+use super::reopening::Reopening;
 use super::version::StateVersion;
 use crate::engine::Passed;
 use crate::link::ring::{Freeze, Frozen};
@@ -36,7 +37,7 @@ const DRAIN_LIMIT: Duration = Duration::from_millis(50);
 /// Sessions that go over at once: while one waits for its last requests, the others need not.
 const PARALLEL: usize = 8;
 /// What a link's end may take beyond the drain limit: a farewell and a few wakes.
-const LINK_END_MARGIN: Duration = Duration::from_secs(1);
+pub(super) const LINK_END_MARGIN: Duration = Duration::from_secs(1);
 /// Time for an engine to end what its links have given up; a disk that hangs takes longer.
 const RELEASE_LIMIT: Duration = Duration::from_secs(5);
 /// Time for the new process to say that it serves what it was given.
@@ -61,6 +62,8 @@ pub(crate) struct HandOver {
     pub(crate) committed: CancellationToken,
     /// Whether the other process serves in place of this one: there is nothing left to do here.
     pub(crate) outcome: watch::Sender<Option<bool>>,
+    /// Sessions of an upgrade that was given up.
+    pub(crate) reopening: Reopening,
     pub(crate) one: Mutex<()>,
     /// Links that have gone over so far.
     pub(crate) links: AtomicU32,
@@ -105,6 +108,7 @@ impl HandOver {
         if self.outcome.borrow().is_some() {
             return Err(UpgradeError::Busy);
         }
+        timeout(self.upgrade_limit, self.reopening.ended()).await.map_err(|_| UpgradeError::Reopening)?;
         let binary = match binary {
             Some(binary) => {
                 launch::check(&binary).map_err(UpgradeError::Binary)?;
@@ -231,7 +235,7 @@ impl HandOver {
         match made_ready.await {
             Ok(()) => Ok((offered, held)),
             Err(failed) => {
-                self.take_back(offered, &held, opening).await;
+                self.take_back(offered, held, opening);
                 Err(failed)
             }
         }
@@ -262,22 +266,21 @@ impl HandOver {
         Ok(())
     }
 
-    /// Goes on with the sessions. With `opening`, those that have a number may have got another one: their links leave, and come
-    /// back to sessions that are opened anew. A file has no number; its descriptor was only lent.
-    async fn take_back(&self, offered: Vec<Offered>, held: &Held, opening: bool) {
-        for session in &held.sessions {
-            session.session.engine.keep();
-        }
-        let limit = self.drain_limit + LINK_END_MARGIN;
-        let backs = offered.into_iter().map(|mut offered| async move {
-            let engine = &offered.held.session.engine;
-            if opening && engine.traits().epoch.get() > 0 {
-                offered.held.close(&self.registry, limit).await;
-            } else {
-                engine.keep();
+    /// Goes on with the sessions. With `opening`, those that have a number may have got another one: they are opened anew. A file
+    /// has no number; its descriptor was only lent.
+    fn take_back(&self, offered: Vec<Offered>, held: Held, opening: bool) {
+        // They were not told to anybody.
+        held.sessions.iter().for_each(|held| held.session.engine.keep());
+        let mut over = Vec::new();
+        for Offered { held, .. } in &offered {
+            match opening && held.session.engine.traits().epoch.get() > 0 {
+                true => over.push(Arc::clone(&held.session)),
+                false => held.session.engine.keep(),
             }
-        });
-        futures_util::future::join_all(backs).await;
+        }
+        // Whoever waits for one of them has it as it is.
+        drop((offered, held));
+        self.reopening.begin(over);
     }
 
     /// Gives everything away, session by session; answers how many sessions and links the new process goes on with, and after
@@ -310,15 +313,9 @@ impl HandOver {
     async fn pass(&self, channel: &Channel, offered: &Offered) -> Result<(), ChannelError> {
         let session = &offered.held.session;
         let stopped_ns = monotonic_ns();
-        // From here on what can not be carried out is withdrawn.
-        session.passing.store(true, Ordering::Release);
-        session.engine.leave();
-        let frozen = self.freeze(session).await;
-        session.leaving.cancel();
-        let left = timeout(self.drain_limit + LINK_END_MARGIN, session.deserted()).await.is_ok();
         let number = offered.number;
-        let message = match timeout(RELEASE_LIMIT, session.engine.release()).await {
-            Ok(true) if left => {
+        let message = match stop(session, self.drain_limit).await {
+            Some(frozen) => {
                 for frozen in &frozen {
                     debug!(volume = %session.name, withdrawn = frozen.withdrawn, "link goes over");
                     let link = self.links.fetch_add(1, Ordering::Relaxed);
@@ -326,28 +323,41 @@ impl HandOver {
                 }
                 Message::Yours { session: number, stopped_ns }
             }
-            // Links that are frozen end with this.
-            _ => {
+            None => {
                 warn!(volume = %session.name, links = session.links(), "requests do not end, the volume is opened anew");
                 Message::Kept { session: number }
             }
         };
         channel.send(&message, &[]).await
     }
+}
 
-    /// Stops all links at once; answers those that can go on elsewhere.
-    async fn freeze(&self, session: &Session) -> Vec<Frozen> {
-        // Those of files run to their end.
-        let limit = LINK_END_MARGIN + RELEASE_LIMIT;
-        let links = session.links_orders().into_iter().filter_map(|link| {
-            let (reply, frozen) = oneshot::channel();
-            link.send(Order::Freeze(Freeze { drain_limit: self.drain_limit.min(DRAIN_LIMIT), reply }))
-                .ok()?;
-            Some(timeout(limit, frozen))
-        });
-        let stopped = futures_util::future::join_all(links).await;
-        stopped.into_iter().filter_map(|frozen| frozen.ok()?.ok()).collect()
+/// Ends what runs of a session, and gives nothing back; answers those of its links that can go on elsewhere as they are. `None` if
+/// something may still run: then all of its links end.
+pub(super) async fn stop(session: &Session, drain_limit: Duration) -> Option<Vec<Frozen>> {
+    // From here on what can not be carried out is withdrawn.
+    session.passing.store(true, Ordering::Release);
+    session.engine.leave();
+    let frozen = freeze(session, drain_limit.min(DRAIN_LIMIT)).await;
+    session.leaving.cancel();
+    let left = timeout(drain_limit + LINK_END_MARGIN, session.deserted()).await.is_ok();
+    match timeout(RELEASE_LIMIT, session.engine.release()).await {
+        Ok(true) if left => Some(frozen),
+        _ => None,
     }
+}
+
+/// Stops all links at once; answers those that can go on elsewhere.
+async fn freeze(session: &Session, drain_limit: Duration) -> Vec<Frozen> {
+    // Those of files run to their end.
+    let limit = LINK_END_MARGIN + RELEASE_LIMIT;
+    let links = session.links_orders().into_iter().filter_map(|link| {
+        let (reply, frozen) = oneshot::channel();
+        link.send(Order::Freeze(Freeze { drain_limit, reply })).ok()?;
+        Some(timeout(limit, frozen))
+    });
+    let stopped = futures_util::future::join_all(links).await;
+    stopped.into_iter().filter_map(|frozen| frozen.ok()?.ok()).collect()
 }
 
 /// Makes every session that is served ready to go over.

@@ -65,10 +65,11 @@ fn after_the_proof() -> anyhow::Result<()> {
     let said = refused(rig.end_upgrade(upgrading))?;
     ensure!(said.contains("phase=preparation"), "{said}");
     ensure!(rig.gateway_status()?["pid"].as_u64() == pid.map(u64::from), "the old one is there");
-    // Nobody knows which of the two the metadata server has given the volume to: what comes now waits until it says so.
-    mds(&mut rig)?.start()?;
+    // Nobody knows which of the two the metadata server has given the volume to: the old one serves on as it did, until it is
+    // told which epoch comes next.
     workload.wait_for_progress(PROGRESS).context("the old one goes on")?;
-    rig.upgrade(None)?;
+    mds(&mut rig)?.start()?;
+    wait_until("the upgrade", RECOVERY_LIMIT, || Ok(rig.upgrade(None).ok()))?;
     workload.wait_for_progress(PROGRESS)?;
     ensure!(workload.reconnected() == 0, "clients were disconnected");
     workload.finish().map(drop)

@@ -2,14 +2,15 @@
 
 use super::*;
 use crate::link::ring::{Freeze, Frozen};
+use crate::upgrade::Reopening;
 use crate::watchdog::progress;
 use spline_link::memory::SharedMemory;
 use spline_link::ring::{NebdRing, Piece, RingAnswer, RingFds};
 use spline_link::{FEATURE_RING, passing};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 use tokio::sync::oneshot;
+use tokio_util::task::TaskTracker;
 
 /// How long a test waits for what must come.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -263,6 +264,33 @@ async fn who_brings_no_good_ring_is_served_over_the_socket() {
     }
 }
 
+#[tokio::test]
+async fn a_hello_with_more_descriptors_than_a_ring_has_is_cut() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (gateway, volume) = file_gateway(dir.path(), |_| {}).await;
+    let fds = NebdRing::create().expect("creates").1;
+    let four = [fds.memory.as_fd(), fds.to_gateway.as_fd(), fds.to_nebd.as_fd(), fds.memory.as_fd()];
+    let mut stream = connect(&gateway).await;
+    passing::send(stream.as_fd(), &hello(&volume, VersionRange::OURS).encode(), &four).expect("sends");
+    let mut answer = [0; 16];
+    let cut = tokio::time::timeout(PATIENCE, stream.read(&mut answer)).await.expect("in time");
+    assert_eq!(cut.unwrap_or(0), 0, "without a word");
+}
+
+#[tokio::test]
+async fn a_volume_that_grows_while_its_link_goes_over_is_told() {
+    let bench = Bench::new(64, Duration::from_secs(60));
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+    let mut nebd = RingNebd::open(ours, "volume").await;
+    let frozen = freeze(&bench, Duration::from_millis(50)).await.expect("is given away");
+    bench.engine.size.store(2 * SIZE, Ordering::Release);
+    let session = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
+    tokio::spawn(go_on(frozen, session, Arc::clone(&bench.links)));
+    assert_eq!(nebd.control.next().await, Some((Message::Renewed { epoch: Epoch::new(7) }, Vec::new())));
+    assert_eq!(nebd.control.next().await, Some((Message::Resized { size: 2 * SIZE }, Vec::new())));
+}
+
 /// Freezes the only link of the bench's session.
 async fn freeze(bench: &Bench, drain_limit: Duration) -> Option<Frozen> {
     let sessions = bench.links.registry.sessions();
@@ -306,6 +334,35 @@ async fn a_link_is_given_away_and_gone_on_with() {
     }
     nebd.control.send(Message::Detach, &[]).await;
     nebd.is_cut().await;
+}
+
+/// An upgrade was given up, and nobody knows which epoch is the newest.
+#[tokio::test]
+async fn a_link_goes_over_to_a_session_that_is_opened_anew_and_is_served_until_then() {
+    let bench = Bench::new(64, Duration::from_secs(60));
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+    let mut nebd = RingNebd::open(ours, "volume").await;
+    let old = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
+    bench.engine.away.store(true, Ordering::Release);
+    let reopening = Reopening::new(Arc::clone(&bench.links), TaskTracker::new(), bench.leaving.clone());
+    reopening.begin(vec![Arc::clone(&old)]);
+    bench.until(|log| log.contains(&("away", 0))).await;
+    let page = [piece(0, 0, 512)];
+    assert_eq!(nebd.ask(1000, BlockOp::Write, 0, 512, &page).await, DONE, "served meanwhile");
+    nebd.push(&request(1, BlockOp::Write, 0, 512), &page);
+    nebd.ring.publish();
+    bench.until(|log| log.contains(&("start", 1))).await;
+    bench.engine.away.store(false, Ordering::Release);
+    reopening.ended().await;
+    let answer = nebd.next().await;
+    assert_eq!((answer.id.get(), answer.completion), (1, Completion::Withdrawn));
+    assert_eq!(nebd.control.next().await, Some((Message::Renewed { epoch: Epoch::new(7) }, Vec::new())));
+    assert_eq!(nebd.control.next().await, Some((Message::Resized { size: SIZE }, Vec::new())));
+    bench.engine.gate.add_permits(1);
+    assert_eq!(nebd.ask(1, BlockOp::Write, 0, 512, &page).await, DONE);
+    let new = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
+    assert!(!Arc::ptr_eq(&old, &new) && (old.links(), new.links()) == (0, 1));
 }
 
 #[tokio::test]

@@ -11,6 +11,9 @@ pub(crate) enum UpgradeError {
     /// One at a time.
     #[error("an upgrade is under way already")]
     Busy,
+    /// One was given up, and its sessions are not as they were yet.
+    #[error("sessions of the last upgrade are not opened anew yet, wait until the metadata server answers")]
+    Reopening,
     /// It must not be run.
     #[error("{0}")]
     Binary(String),
