@@ -259,6 +259,7 @@ fn serves_files_only(name: &VolumeName) -> OpenError {
 pub(crate) struct Engines {
     cluster: Option<Cluster>,
     files: Arc<file::Files>,
+    sizes: file::Sizes,
 }
 
 impl Engines {
@@ -273,6 +274,7 @@ impl Engines {
         Self {
             cluster,
             files: Arc::new(file::Files::new(config.file_roots.clone(), config.file_io, buffers)),
+            sizes: file::Sizes::default(),
         }
     }
 }
@@ -290,7 +292,7 @@ impl Opener for Engines {
                 let opened =
                     opened.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))?;
                 let engine = opened?;
-                engine.watch_size();
+                self.sizes.watch(&engine);
                 return Ok(Arc::new(engine) as Arc<dyn Engine>);
             }
             match &self.cluster {
@@ -311,7 +313,7 @@ impl Opener for Engines {
                 let adopted = tokio::task::spawn_blocking(move || files.adopt(&path, legacy)).await;
                 let engine =
                     adopted.map_err(|error| OpenError::Internal(format!("open failed: error={error}")))??;
-                engine.watch_size();
+                self.sizes.watch(&engine);
                 return Ok(Arc::new(engine) as Arc<dyn Engine>);
             }
             match &self.cluster {

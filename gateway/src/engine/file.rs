@@ -12,6 +12,7 @@ mod lane;
 mod open;
 mod overlap;
 mod ring;
+mod sizes;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -29,12 +30,12 @@ use overlap::Overlaps;
 use ring::Ring;
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, flock, seek};
 use rustix::io::Errno;
+pub(crate) use sizes::Sizes;
 use spline_types::limits::VOLUME_BYTES_MAX;
 use spline_types::{BlockOp, BlockRequest, BlockSize, ByteRange, Extent, Fault, Geometry};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 use threads::Threads;
 use tokio::sync::{oneshot, watch};
 
@@ -42,8 +43,6 @@ use tokio::sync::{oneshot, watch};
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 /// Most extents that one status request looks for; each costs two system calls. The rest is asked for again.
 const EXTENTS_MAX: usize = 1024;
-/// How often the size of a file is looked at: files are grown by people, who wait a second.
-const SIZE_PERIOD: Duration = Duration::from_secs(1);
 
 /// A file or block device as a volume.
 pub(crate) struct FileEngine {
@@ -165,21 +164,6 @@ impl Engine for FileEngine {
                 tracing::error!(%path, "file was not given back: it stays locked until this process has ended");
             }
         })
-    }
-}
-
-impl FileEngine {
-    /// Looks every now and then whether the file has grown, for as long as the engine is there. In a runtime.
-    pub(crate) fn watch_size(&self) {
-        let disk = Arc::downgrade(&self.disk);
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(SIZE_PERIOD).await;
-                let Some(disk) = disk.upgrade() else { return };
-                // The next look is the remedy for one that failed.
-                let _ = tokio::task::spawn_blocking(move || disk.look_at_size()).await;
-            }
-        });
     }
 }
 

@@ -6,6 +6,7 @@ use crate::engine::{OpenError, Wanted};
 use proptest::prelude::*;
 use spline_types::RequestId;
 use std::path::Path;
+use std::time::Duration;
 
 const SIZE: u64 = 4 << 20;
 

@@ -301,6 +301,32 @@ async fn a_lane_that_is_dropped_keeps_memory_and_file_until_the_kernel_has_ended
 }
 
 #[tokio::test]
+async fn a_file_is_not_handed_over_while_the_kernel_has_what_a_lane_left() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let Some((engine, mut lane, mut writer)) = pipe(dir.path()) else { return eprintln!("no io_uring here") };
+    let regions = memory();
+    let read = request(BlockOp::Read, 0, 4096);
+    assert!(lane.begin(1, &read, data(&regions, &[(0, 4096)])).is_ok());
+    assert!(poll_fn(|cx| Poll::Ready(lane.poll(cx, &mut Vec::new()))).await.is_pending());
+    drop(lane);
+    let engine = Arc::new(engine);
+    let releasing = tokio::spawn({
+        let engine = Arc::clone(&engine);
+        async move { engine.release().await }
+    });
+    // It has begun when nobody is let in any more.
+    let elsewhere = ByteRange::new(8192, 1).expect("fits");
+    while let Some(claim) = engine.disk.overlaps.claim(elsewhere, false) {
+        engine.disk.overlaps.release([claim].into_iter());
+        assert!(!releasing.is_finished(), "the kernel still has the file");
+        tokio::task::yield_now().await;
+    }
+    assert!(!releasing.is_finished());
+    writer.write_all(&[1; 4096]).expect("writes");
+    assert!(releasing.await.expect("ends"), "can be gone on with");
+}
+
+#[tokio::test]
 async fn the_engine_closes_when_its_lanes_have_ended() {
     let dir = tempfile::tempdir().expect("temporary directory");
     for (path, engine, mut lane) in lanes(dir.path()) {
