@@ -10,7 +10,9 @@ use crate::listener::Listener;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, SessionLimits};
 use crate::service::{Admin, Service};
-use crate::upgrade::{HandOver, Launch, Passing, Predecessor, Reopening, Sockets};
+use crate::upgrade::{
+    Course, HandOver, Launch, Outcome, Passing, Predecessor, Reopening, Sockets, stop_successor,
+};
 use crate::watchdog;
 use anyhow::Context;
 use spline_process::watchdog::Watchdog;
@@ -44,8 +46,9 @@ pub struct Gateway {
     gone: CancellationToken,
     links: TaskTracker,
     servers: TaskTracker,
-    /// Of one that can be replaced: whether another process serves in its place.
-    replaced: watch::Receiver<Option<bool>>,
+    /// Of one that can be replaced: what became of that.
+    replaced: watch::Receiver<Option<Outcome>>,
+    course: Arc<Course>,
 }
 
 /// What a gateway is made of before it listens.
@@ -93,6 +96,7 @@ impl Parts {
         let (gone, committed) = (CancellationToken::new(), CancellationToken::new());
         let (outcome, replaced) = watch::channel(None);
         let (links, servers) = (TaskTracker::new(), TaskTracker::new());
+        let course = Arc::new(Course::default());
         let hand_over = match launch {
             None => None,
             Some(launch) => Some(Arc::new(HandOver {
@@ -112,6 +116,7 @@ impl Parts {
                 drain_limit: config.drain_limit,
                 leaving: leaving.clone(),
                 committed: committed.clone(),
+                course: Arc::clone(&course),
                 outcome,
                 reopening: Reopening::new(Arc::clone(&shared), links.clone(), leaving.clone()),
                 one: tokio::sync::Mutex::default(),
@@ -141,6 +146,7 @@ impl Parts {
             links,
             servers,
             replaced,
+            course,
         })
     }
 }
@@ -221,7 +227,26 @@ impl Gateway {
         if tokio::time::timeout(ANSWER_LIMIT, told).await.is_err() {
             warn!("whoever asked for the upgrade has not taken the answer");
         }
-        outcome
+        matches!(outcome, Outcome::Replaced { .. })
+    }
+
+    /// This process is told to stop. `None` if it is to [shut down](Self::shutdown), which gives up an upgrade that is not
+    /// committed. Otherwise another process serves in its place, or is about to: that one is told to stop, and has stopped when
+    /// this answers what [`replaced`](Self::replaced) does.
+    pub async fn stops(&self) -> Option<bool> {
+        if self.course.stops() {
+            return None;
+        }
+        info!("a stop comes in the middle of an upgrade, the new process is told");
+        let replaced = self.replaced().await;
+        let outcome = *self.replaced.borrow();
+        if let Some(Outcome::Replaced { pid }) = outcome {
+            let limit = self.drain_limit + LINK_END_MARGIN + CLOSE_LIMIT + ANSWER_LIMIT;
+            if let Err(error) = stop_successor(pid, limit).await {
+                warn!(pid, %error, "the new process does not stop");
+            }
+        }
+        Some(replaced)
     }
 
     /// The name under which it opens sessions.

@@ -91,11 +91,14 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let page = page.map(|socket| metrics::serve_on(socket, registry)).transpose()?;
     let announced = flags.common.announce(&format!("links at {}", gateway.link_path().display()))?;
     let stop = stop.into_socket()?;
-    let replaced = runtime.block_on(async {
+    let replaced: Option<bool> = runtime.block_on(async {
         let stop = tokio::net::UnixStream::from_std(stop)?;
         tokio::select! {
-            told = stop.readable() => told.map(|()| None),
-            replaced = gateway.replaced() => Ok(Some(replaced)),
+            told = stop.readable() => {
+                told?;
+                Ok(gateway.stops().await)
+            }
+            replaced = gateway.replaced() => Ok::<_, std::io::Error>(Some(replaced)),
         }
     })?;
     if let Some(replaced) = replaced {

@@ -4,7 +4,7 @@
 //! Called by the service (the old process) and by `main` (the new one). In the order in which an upgrade meets them: [`launch`]
 //! (which binary) → `child` (starts it) → `channel` and `message` (what they say) → `hand_over` (the old process) and
 //! `take_over` (the new one), `links` for both; `version` lists the versions of what is passed on. `reopening` goes on with the
-//! sessions of an upgrade that was given up.
+//! sessions of an upgrade that was given up; `course` is what a stop meets that comes in the middle.
 //!
 //! Proof: config, metadata server, versions. Preparation: the new one gets sockets and sessions, and opens every session anew,
 //! while the old one serves. Commit: session by session, the old one ends what runs, and the new one goes on. Links with a ring
@@ -19,6 +19,7 @@ pub mod launch;
 
 mod channel;
 mod child;
+mod course;
 mod hand_over;
 mod links;
 mod message;
@@ -28,6 +29,7 @@ mod take_over;
 mod tests;
 mod version;
 
+pub(crate) use course::{Course, Outcome, stop_successor};
 pub(crate) use hand_over::{HandOver, Passing, UpgradeError, Upgraded};
 pub use launch::Launch;
 pub(crate) use reopening::Reopening;

@@ -7,6 +7,7 @@ mod error;
 
 use super::channel::{Channel, ChannelError};
 use super::child::Child;
+use super::course::{Course, Outcome};
 use super::launch::{self, Launch};
 use super::links;
 use super::message::{LEADERS_MAX, Message, Offer, SessionState, Sockets};
@@ -60,8 +61,10 @@ pub(crate) struct HandOver {
     pub(crate) leaving: CancellationToken,
     /// Cancelled at the commit: this process accepts nothing more.
     pub(crate) committed: CancellationToken,
-    /// Whether the other process serves in place of this one: there is nothing left to do here.
-    pub(crate) outcome: watch::Sender<Option<bool>>,
+    /// Whether that comes to pass, or this process stops first.
+    pub(crate) course: Arc<Course>,
+    /// What became of it: there is nothing left to do here.
+    pub(crate) outcome: watch::Sender<Option<Outcome>>,
     /// Sessions of an upgrade that was given up.
     pub(crate) reopening: Reopening,
     pub(crate) one: Mutex<()>,
@@ -122,12 +125,12 @@ impl HandOver {
             Ok(upgraded) => {
                 self.metrics.upgrade_ended("done");
                 info!(?upgraded, "the new process serves");
-                self.outcome.send_replace(Some(true));
+                self.outcome.send_replace(Some(Outcome::Replaced { pid: upgraded.pid }));
             }
             Err(broken @ UpgradeError::Broken { .. }) => {
                 self.metrics.upgrade_ended("broken");
                 error!(error = %broken, "upgrade has failed half way, this process ends; it must be started again");
-                self.outcome.send_replace(Some(false));
+                self.outcome.send_replace(Some(Outcome::Broken));
             }
             Err(failed) => {
                 self.metrics.upgrade_ended("failed");
@@ -153,6 +156,11 @@ impl HandOver {
                 return Err(UpgradeError::Failed { phase, why, binary: binary.to_owned(), said });
             }
         };
+        if !self.course.goes_over() {
+            self.take_back(given.0, given.1, true);
+            let (phase, why, said) = (Phase::Preparation, Why::Stopped, child.end().await);
+            return Err(UpgradeError::Failed { phase, why, binary: binary.to_owned(), said });
+        }
         // Whatever happens now, this process does not have its sessions back: nobody may come to their slots any more.
         let given = ManuallyDrop::new(given);
         let pid = child.id();

@@ -236,6 +236,7 @@ impl Lab {
             drain_limit: Duration::from_secs(1),
             leaving: CancellationToken::new(),
             committed: CancellationToken::new(),
+            course: Arc::default(),
             outcome: watch::Sender::new(None),
             reopening: Reopening::new(Arc::clone(&old.links), TaskTracker::new(), CancellationToken::new()),
             one: tokio::sync::Mutex::default(),
