@@ -203,6 +203,39 @@ mod tests {
         assert_eq!(admission.inflight(), (0, 0));
     }
 
+    #[test]
+    fn whoever_goes_while_it_is_granted_keeps_nothing() {
+        let admission = Arc::new(Admission::new(1, 100));
+        let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let impatient = {
+            let (admission, over) = (Arc::clone(&admission), Arc::clone(&over));
+            std::thread::spawn(move || {
+                while !over.load(Ordering::SeqCst) {
+                    drop(admission.acquire(1).now_or_never());
+                }
+            })
+        };
+        for _ in 0..200_000 {
+            drop(block_on_briefly(&admission));
+        }
+        over.store(true, Ordering::SeqCst);
+        impatient.join().expect("ends");
+        drop(admission.acquire(0).now_or_never());
+        assert_eq!(admission.inflight(), (0, 0), "nothing is lost");
+    }
+
+    /// A permit, asked for until there is one.
+    fn block_on_briefly(admission: &Admission) -> Permit {
+        let since = std::time::Instant::now();
+        loop {
+            if let Some(permit) = admission.try_acquire(1).or_else(|| admission.acquire(1).now_or_never()) {
+                return permit;
+            }
+            assert!(since.elapsed() < std::time::Duration::from_secs(20), "a permit was lost");
+            std::thread::yield_now();
+        }
+    }
+
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         runtime.block_on(future)

@@ -157,3 +157,27 @@ fn read(stream: &UnixStream, partial: &mut Vec<u8>, fds: &mut VecDeque<OwnedFd>)
     }
     Ok(count)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn frames_that_nobody_looks_at_are_not_read_without_limit() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let mut control = Control::new(ours);
+        let frames =
+            Header::bare(Message::RegionGone { number: 1 }).encode().repeat(READ_BYTES / HEADER_BYTES);
+        let mut sent = 0;
+        let mut refused = None;
+        // A socket holds less than all of it.
+        while refused.is_none() && sent < 4 * UNREAD_MAX {
+            while let Ok(count) = theirs.try_write(&frames) {
+                sent += count;
+            }
+            refused = control.read_now().err();
+        }
+        assert_eq!(refused.expect("is cut").kind(), io::ErrorKind::InvalidData);
+        assert!(control.partial.len() <= UNREAD_MAX + READ_BYTES);
+    }
+}

@@ -70,10 +70,6 @@ impl Outbox {
         self.parts.push_back(Part::End(permit));
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.parts.is_empty()
-    }
-
     /// Drops what is queued and what will be.
     pub(super) fn discard(&mut self) {
         self.deaf = true;
