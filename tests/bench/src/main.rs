@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::Parser;
 use spline_bench::fio::{self, Figures, WORKLOADS, Workload};
 use spline_bench::peers::{self, Peer};
-use spline_bench::report::{Series, against, table};
+use spline_bench::report::{self, Series};
 use spline_bench::rest::{self, Resting};
 use spline_bench::{cpu, floor, guest, idle, load, upgrade};
 use spline_harness::storage_daemon::Serving;
@@ -158,7 +158,7 @@ fn file_engine(args: &Args) -> anyhow::Result<String> {
         Target::ours("nebd + gateway, page cache", &ours_cached, pids_of(&cached, &ours_cached)?),
     ];
     fill(args, &targets)?;
-    let text = measure(args, &Client::ALL, &targets, rig.dir())?;
+    let Measured { text, .. } = measure(args, &Client::ALL, &targets, rig.dir())?;
     Ok(format!(
         "\n## File engine\n\nnbdkit serves from the page cache, as our gateway does with `file_io = \"buffered\"`; the others use direct IO.\n{text}"
     ))
@@ -199,7 +199,7 @@ fn cluster(args: &Args) -> anyhow::Result<String> {
         },
     ];
     fill(args, &targets)?;
-    let text = measure(args, &Client::ALL, &targets, cluster.dir())?;
+    let Measured { text, .. } = measure(args, &Client::ALL, &targets, cluster.dir())?;
     Ok(format!(
         "\n## Cluster\n\nThree chunkservers on one disk, three replicas; a write is answered after a majority synced its log.\n{text}"
     ))
@@ -225,7 +225,7 @@ fn vhost_on_a_file(args: &Args) -> anyhow::Result<String> {
             [Some(nebd), rig.gateway().id()].into_iter().flatten().collect(),
         ),
     ];
-    let text = measure(args, &[Client::Own], &targets, rig.dir())?;
+    let Measured { text, .. } = measure(args, &[Client::Own], &targets, rig.dir())?;
     let resting: Vec<Resting<'_>> = targets
         .iter()
         .map(|target| Resting { name: target.name, socket: &target.socket, pids: &target.pids })
@@ -258,11 +258,11 @@ fn hop(args: &Args) -> anyhow::Result<String> {
             [Some(nebd), rig.gateway().id()].into_iter().flatten().collect(),
         ),
     ];
-    let text = measure(args, &[Client::Own], &targets, rig.dir())?;
+    let Measured { text, compared } = measure(args, &[Client::Own], &targets, rig.dir())?;
     drop((ours, direct, daemon));
     Ok(format!(
         "\n## What the link costs\n\nA guest's disk by the `blkio` crate's driver, one virtqueue: nebd and a gateway, nebd's device and the gateway's \
-         engine in one process\nwithout a link, and qemu-storage-daemon with cache.direct=on, aio=io_uring and an iothread.\n{text}{}",
+         engine in one process\nwithout a link, and qemu-storage-daemon with cache.direct=on, aio=io_uring and an iothread.\n{text}{compared}{}",
         hop_of_nbd(args, &rig, &volume, &alone)?
     ))
 }
@@ -275,9 +275,9 @@ fn hop_of_nbd(args: &Args, rig: &Rig, volume: &str, alone: &Path) -> anyhow::Res
         Target::peer("one process, no link", &direct),
         Target::ours("nebd + gateway", &ours, pids_of(rig, &ours)?),
     ];
-    let text = measure(args, &Client::ALL, &targets, rig.dir())?;
+    let Measured { text, compared } = measure(args, &Client::ALL, &targets, rig.dir())?;
     Ok(format!(
-        "\n## What the link costs over NBD\n\nnebd and a gateway, and nebd's NBD server and the gateway's engine in one process without a link.\n{text}"
+        "\n## What the link costs over NBD\n\nnebd and a gateway, and nebd's NBD server and the gateway's engine in one process without a link.\n{text}{compared}"
     ))
 }
 
@@ -307,7 +307,7 @@ fn vhost_on_a_cluster(args: &Args) -> anyhow::Result<String> {
         Target::vhost("vhost-user-blk", &vhost.socket, with(vhost.nebd.id())),
     ];
     fill(args, &targets)?;
-    let text = measure(args, &[Client::Own], &targets, cluster.dir())?;
+    let Measured { text, .. } = measure(args, &[Client::Own], &targets, cluster.dir())?;
     Ok(format!(
         "\n## A guest's disk (vhost-user-blk), cluster\n\nOne volume of one cluster, over NBD and to a guest's driver.\n{text}"
     ))
@@ -322,23 +322,31 @@ fn fill(args: &Args, targets: &[Target]) -> anyhow::Result<()> {
     })
 }
 
-fn measure(args: &Args, clients: &[Client], targets: &[Target], dir: &Path) -> anyhow::Result<String> {
-    let mut text = String::new();
+/// What came of a part.
+struct Measured {
+    /// A table of all servers.
+    text: String,
+    /// Another one, of the last of them against each of the others.
+    compared: String,
+}
+
+fn measure(args: &Args, clients: &[Client], targets: &[Target], dir: &Path) -> anyhow::Result<Measured> {
+    let (mut text, mut compared) = (report::HEAD.to_owned(), report::AGAINST_HEAD.to_owned());
     let mut floors = Vec::new();
     for workload in WORKLOADS.iter().filter(|workload| workload.name.contains(&args.workload)) {
         for client in clients.iter().copied() {
-            let rows = rounds(args, client, workload, targets, dir, &mut floors)?;
-            text += &table(&format!("{}, {}", workload.name, client.name()), workload.block_bytes, &rows);
-            text += &against(&rows);
+            let servers = rounds(args, client, workload, targets, dir, &mut floors)?;
+            text += &report::rows(workload.name, client.name(), workload.block_bytes, &servers);
+            compared += &report::against(workload.name, client.name(), &servers);
         }
     }
-    let floor = spline_bench::report::median(&floors);
+    let floor = report::median(&floors);
     // Writing to a String can not fail.
     let _ = writeln!(
         text,
         "\nA 4 KiB direct write and fdatasync on the same disk, median between the runs: {floor:.0} µs."
     );
-    Ok(text)
+    Ok(Measured { text, compared })
 }
 
 /// All rounds of one workload.

@@ -48,49 +48,47 @@ pub fn percentile(values: &[f64], share: f64) -> f64 {
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
 }
 
-/// One workload's table: a row a server; ratios are taken round by round against the first server.
-pub fn table(workload: &str, block_bytes: u32, rows: &[(String, Series)]) -> String {
-    let mut text = format!(
-        "\n### {workload}\n\n| server | IOPS | MB/s | mean µs | p50 µs | p99 µs | CPU s per 1000 IO | IOPS ratio | CPU ratio |\n\
-         |---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
-    );
-    let Some((_, first)) = rows.first() else { return text };
-    for (name, series) in rows {
-        let ratio = |ours: &[f64], theirs: &[f64]| {
-            median(&ours.iter().zip(theirs).map(|(a, b)| a / b.max(f64::MIN_POSITIVE)).collect::<Vec<_>>())
-        };
+/// The head of a table of [`rows`].
+pub const HEAD: &str = "\n| workload | client | server | IOPS | MB/s | mean µs | p50 µs | p99 µs | CPU s per 1000 IO | IOPS ratio | CPU ratio |\n\
+    |---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n";
+
+/// One workload by one client: a row a server; ratios are taken round by round against the first server.
+pub fn rows(workload: &str, client: &str, block_bytes: u32, servers: &[(String, Series)]) -> String {
+    let mut text = String::new();
+    let Some((_, first)) = servers.first() else { return text };
+    for (name, series) in servers {
         let iops = median(&series.iops);
         // Writing to a String can not fail.
         let _ = writeln!(
             text,
-            "| {name} | {iops:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.4} | {:.2} | {:.2} |",
+            "| {workload} | {client} | {name} | {iops:.0} | {:.0} | {:.0} | {:.0} | {:.0} | {:.4} | {:.2} | {:.2} |",
             iops * f64::from(block_bytes) / 1e6,
             median(&series.mean_us),
             median(&series.p50_us),
             median(&series.p99_us),
             median(&series.cpu_us) / 1000.0,
-            ratio(&series.iops, &first.iops),
-            ratio(&series.cpu_us, &first.cpu_us),
+            each(&series.iops, &first.iops, |a, b| a / b),
+            each(&series.cpu_us, &first.cpu_us, |a, b| a / b),
         );
     }
     text
 }
 
-/// What the last of the servers gives against each of the others: medians of what each round says.
-pub fn against(rows: &[(String, Series)]) -> String {
+/// The head of a table of [`against`].
+pub const AGAINST_HEAD: &str = "\n| workload | client | against | IOPS ratio | CPU ratio | mean latency, µs more | ratio | p50, µs more | ratio | p99, µs more |\n\
+    |---|---|---|---:|---:|---:|---:|---:|---:|---:|\n";
+
+/// What the last of the servers gives against each of the others, a row each: medians of what each round says.
+pub fn against(workload: &str, client: &str, servers: &[(String, Series)]) -> String {
     let mut text = String::new();
-    let Some(((name, ours), others)) = rows.split_last() else { return text };
-    for (other, theirs) in others {
-        let each = |of: fn(&Series) -> &Vec<f64>, what: fn(f64, f64) -> f64| {
-            let pairs = of(ours).iter().zip(of(theirs));
-            median(&pairs.map(|(a, b)| what(*a, b.max(f64::MIN_POSITIVE))).collect::<Vec<_>>())
-        };
-        let ratio = |of| each(of, |a, b| a / b);
-        let more = |of| each(of, |a, b| a - b);
+    let Some(((_, ours), others)) = servers.split_last() else { return text };
+    for (name, theirs) in others {
+        let ratio = |of: fn(&Series) -> &Vec<f64>| each(of(ours), of(theirs), |a, b| a / b);
+        let more = |of: fn(&Series) -> &Vec<f64>| each(of(ours), of(theirs), |a, b| a - b);
         // Writing to a String can not fail.
         let _ = writeln!(
             text,
-            "\n{name} against {other}: IOPS {:.2}, CPU {:.2}, mean latency {:+.1} µs ({:.2}), p50 {:+.1} µs ({:.2}), p99 {:+.1} µs.",
+            "| {workload} | {client} | {name} | {:.2} | {:.2} | {:+.1} | {:.2} | {:+.1} | {:.2} | {:+.1} |",
             ratio(|series| &series.iops),
             ratio(|series| &series.cpu_us),
             more(|series| &series.mean_us),
@@ -101,6 +99,12 @@ pub fn against(rows: &[(String, Series)]) -> String {
         );
     }
     text
+}
+
+/// The median of what each round says.
+fn each(ours: &[f64], theirs: &[f64], what: fn(f64, f64) -> f64) -> f64 {
+    let rounds = ours.iter().zip(theirs).map(|(a, b)| what(*a, b.max(f64::MIN_POSITIVE)));
+    median(&rounds.collect::<Vec<_>>())
 }
 
 #[cfg(test)]
@@ -139,12 +143,12 @@ mod tests {
             ("b".to_owned(), series(&[40.0, 40.0, 40.0], 10.0)),
             ("c".to_owned(), series(&[20.0, 50.0, 20.0], 50.0)),
         ];
-        let text = against(&rows);
+        let text = against("w", "fio", &rows);
         assert!(
-            text.contains("c against a: IOPS 2.00, CPU 1.25, mean latency +10.0 µs (1.25), p50 +10.0"),
+            text.contains("| w | fio | a | 2.00 | 1.25 | +10.0 | 1.25 | +10.0 | 1.25 | +10.0 |\n"),
             "{text}"
         );
-        assert!(text.contains("c against b: IOPS 0.50, CPU 5.00, mean latency +40.0 µs (5.00)"), "{text}");
+        assert!(text.contains("| w | fio | b | 0.50 | 5.00 | +40.0 | 5.00 |"), "{text}");
     }
 
     #[test]
@@ -153,7 +157,7 @@ mod tests {
             |iops: &[f64]| Series { iops: iops.to_vec(), cpu_us: vec![1.0; iops.len()], ..Series::default() };
         let rows =
             [("a".to_owned(), series(&[10.0, 100.0, 10.0])), ("b".to_owned(), series(&[20.0, 50.0, 20.0]))];
-        let text = table("w", 4096, &rows);
-        assert!(text.contains("| b | 20 |") && text.contains("| 2.00 | 1.00 |"), "{text}");
+        let text = super::rows("w", "fio", 4096, &rows);
+        assert!(text.contains("| w | fio | b | 20 |") && text.contains("| 2.00 | 1.00 |"), "{text}");
     }
 }

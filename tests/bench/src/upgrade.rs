@@ -110,8 +110,8 @@ impl Host {
         let errors = self.prober.errors() + self.writer.errors();
         let connects = exports::sum(&self.disks, "spline_nebd_link_connects_total")?;
         let replays = exports::sum(&self.disks, "spline_nebd_replays_total")?;
+        self.settled()?;
         for round in 0..rounds {
-            self.settled()?;
             for guest in [&self.prober, &self.writer] {
                 guest.take_longest();
             }

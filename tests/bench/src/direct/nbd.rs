@@ -300,3 +300,36 @@ impl Client {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use spline_harness::nbd::{Connection, Kind};
+    use spline_harness::wait_until;
+    use std::time::Duration;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (file, socket) = (dir.path().join("disk"), dir.path().join("socket"));
+        std::fs::File::create(&file).and_then(|disk| disk.set_len(16 << 20)).expect("a file");
+        let theirs = (file.clone(), socket.clone());
+        std::thread::spawn(move || super::serve(&theirs.0, &theirs.1).expect("serves"));
+        let limit = Duration::from_secs(20);
+        let mut client = wait_until("the server", limit, || Connection::open(&socket, "", limit).map(Some))
+            .expect("listens");
+        assert_eq!(client.size(), 16 << 20);
+        for (length, seed) in [(4096u32, 3u8), (1 << 20, 5), (8 << 20, 7)] {
+            let data: Vec<u8> = (0..length).map(|at| (at >> 8) as u8 ^ at as u8 ^ seed).collect();
+            client.succeed(Kind::Write, 4096, length, &data).expect("writes");
+            let read = client.succeed(Kind::Read, 4096, length, &[]).expect("reads");
+            assert!(read == data, "length={length}");
+            assert!(
+                std::fs::read(&file).expect("reads")[4096..][..length as usize] == data,
+                "length={length}"
+            );
+        }
+        client.succeed(Kind::Flush, 0, 0, &[]).expect("flushes");
+        assert!(client.succeed(Kind::Read, 16 << 20, 4096, &[]).is_err(), "past the end");
+        client.close().expect("leaves");
+    }
+}
