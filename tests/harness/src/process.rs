@@ -1,6 +1,7 @@
 //! One process under test: started, killed, stopped, continued, restarted; its log kept.
 
 use anyhow::{Context, bail};
+use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_getfd, pidfd_open,
     set_child_subreaper, waitpid,
@@ -229,8 +230,11 @@ impl Process {
                 continue;
             }
             let number = entry.file_name().to_string_lossy().parse()?;
-            let Ok(socket) = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) else { continue };
-            let socket = UnixStream::from(socket);
+            let socket = match pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) {
+                Ok(socket) => UnixStream::from(socket),
+                Err(Errno::BADF) => continue,
+                Err(error) => return Err(error).context("a descriptor of another process"),
+            };
             // A socket that listens has a name too, but no peer; those of another family have neither.
             let (Ok(local), Ok(_)) = (socket.local_addr(), socket.peer_addr()) else { continue };
             // It may have been bound under a longer name and renamed.
