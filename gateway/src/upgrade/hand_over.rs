@@ -41,8 +41,9 @@ const PARALLEL: usize = 8;
 pub(super) const LINK_END_MARGIN: Duration = Duration::from_secs(1);
 /// Time for an engine to end what its links have given up; a disk that hangs takes longer.
 const RELEASE_LIMIT: Duration = Duration::from_secs(5);
-/// Time for the new process to say that it serves what it was given.
-const TAKEN_LIMIT: Duration = Duration::from_secs(20);
+/// Time for the new process to say that it serves what it was given, once all of that has been sent. It takes milliseconds; while
+/// a new process hangs, guests wait, and systemd can not start another one before this one ends.
+const TAKEN_LIMIT: Duration = Duration::from_secs(5);
 
 /// What can be passed on, and what is needed for it.
 pub(crate) struct HandOver {
