@@ -318,7 +318,7 @@ async fn a_new_one_that_can_not_open_a_volume_is_refused_and_the_old_one_goes_on
     // The file was only lent; the session of the cluster may have another epoch by now, of which nobody hears.
     assert_eq!(told, ["keep file:/a@0", "pass disk@4", "pass file:/a@0"]);
     assert_eq!((lab.old.join("disk").await, lab.old.join("file:/a").await), (4, 0), "served as before");
-    assert!(matches!(lab.hand_over.run(Some("/bin/true".into())).now_or_never(), None), "waits for it");
+    assert!(lab.hand_over.run(Some("/bin/true".into())).now_or_never().is_none(), "waits for it");
     lab.old.away.store(false, Ordering::Release);
     lab.hand_over.reopening.ended().await;
     assert_eq!(lab.old.log(), ["open disk@9", "leave disk@4", "release disk@4"], "never closed");
