@@ -13,7 +13,9 @@ mod requests;
 use super::bell::Bell;
 use super::control::{Control, Said};
 use super::hello::Facts;
-use super::{Breach, Ending, Links, Signal, WindsUp, hear_no_more, next_signal, predecessors_ended, wind_up};
+use super::{
+    Breach, Ending, Links, Signal, WindsUp, hear_no_more, next_signal, predecessors_ended, threads, wind_up,
+};
 use crate::admission::Permit;
 use crate::buffer::BufferPool;
 use crate::engine::{Ended, Lane};
@@ -37,10 +39,14 @@ use tracing::{info, warn};
 
 /// Turns in one go; then others of the runtime's thread have theirs.
 const TURNS_MAX: usize = 32;
+/// How long they may take together: what the page cache has, or takes, is copied meanwhile.
+const TURNS_TIME: Duration = Duration::from_millis(1);
 /// Requests taken in one turn: what has ended is to be shown before too long.
 const TAKES_PER_TURN: usize = 128;
 /// As above, for a lane: the disk is to have the first of a burst while the others are taken. One system call each time.
 const LANE_TAKES_PER_TURN: usize = 8;
+/// No more is taken in a turn once so many bytes are: a lane may copy them at once.
+const BYTES_PER_TURN: u64 = 1 << 20;
 
 /// The order to give a link away.
 #[derive(Debug)]
@@ -207,6 +213,7 @@ impl RingLink {
         if let Some(ending) = self.hear(cx)? {
             return Ok(Poll::Ready(ending));
         }
+        let since = Instant::now();
         for _ in 0..TURNS_MAX {
             let taken = self.take(cx)?;
             let moved = self.collect(cx)? || taken;
@@ -218,6 +225,9 @@ impl RingLink {
                 return Err(error.into());
             }
             if moved || (self.waiting.is_none() && !self.ring.sleep()?) {
+                if since.elapsed() > TURNS_TIME {
+                    break;
+                }
                 continue;
             }
             match self.bell.poll(cx)? {
@@ -225,7 +235,7 @@ impl RingLink {
                 Poll::Ready(()) => self.ring.wake(),
             }
         }
-        cx.waker().wake_by_ref();
+        threads::let_others(cx);
         Ok(Poll::Pending)
     }
 
@@ -258,7 +268,11 @@ impl RingLink {
             }
         }
         let most = if self.lane.is_some() { LANE_TAKES_PER_TURN } else { TAKES_PER_TURN };
+        let mut bytes_taken = 0;
         for taken in 0..most {
+            if bytes_taken >= BYTES_PER_TURN {
+                break;
+            }
             let Some(request) = self.ring.pop(&mut self.pieces)? else { return Ok(taken > 0) };
             if self.pieces.iter().any(|piece| !self.regions.has(piece.region)) {
                 // A region is told before the first request that names it, but the runtime may hear of that later.
@@ -267,6 +281,7 @@ impl RingLink {
             }
             let data = SharedData::new(&self.regions, &self.pieces)?;
             let bytes = super::data_of(&request);
+            bytes_taken += u64::from(bytes);
             match self.session.admission.try_acquire(bytes) {
                 Some(permit) => self.start(request, data, permit, now),
                 None => {
@@ -312,10 +327,15 @@ impl RingLink {
             any = true;
             let mut ended = std::mem::take(&mut self.ended);
             let now = Instant::now();
+            // All of them leave the table, whether nebd can be told or not: a link that winds up waits for those in it.
+            let mut told = Ok(());
             for (ticket, result) in ended.drain(..) {
-                self.answer(ticket, result.map(|()| 0), now)?;
+                let answered = self.answer(ticket, result.map(|()| 0), now);
+                self.deaf |= answered.is_err();
+                told = told.and(answered);
             }
             self.ended = ended;
+            told?;
         }
         while !self.running.is_empty()
             && let Poll::Ready(Some((ticket, result))) = self.running.poll_next_unpin(cx)

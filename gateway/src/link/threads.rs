@@ -6,8 +6,10 @@
 
 use std::future::Future;
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Context;
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::warn;
@@ -27,6 +29,13 @@ struct LaneThread {
 
 /// A link's place in a thread.
 struct Place(Arc<AtomicUsize>);
+
+/// Wakes a task again, but not before everything else that is ready on its thread, sockets and timers too, has had its turn.
+pub(super) fn let_others(cx: &mut Context<'_>) {
+    // A task that wakes itself is polled dozens of times before its thread looks at what is ready. A future that is dropped when
+    // it has yielded has handed its waker on.
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
+}
 
 impl LaneThreads {
     /// Runs a link's future on the thread that has the fewest; here if there is none to be had. `None` if it panicked.
@@ -56,8 +65,11 @@ impl LaneThreads {
         let load = |thread: &LaneThread| thread.links.load(Ordering::Relaxed);
         let all_busy = threads.iter().all(|thread| load(thread) > 0);
         if all_busy && threads.len() < most {
-            let number = threads.len();
-            threads.push(LaneThread::start(number)?);
+            match LaneThread::start(threads.len()) {
+                Ok(thread) => threads.push(thread),
+                Err(error) if threads.is_empty() => return Err(error),
+                Err(error) => warn!(%error, threads = threads.len(), "no further thread for links"),
+            }
         }
         let least = threads.iter().min_by_key(|thread| load(thread));
         let thread = least.ok_or(io::ErrorKind::NotFound)?;
@@ -86,6 +98,7 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::oneshot;
 
     #[tokio::test]
@@ -118,6 +131,44 @@ mod tests {
         let name = threads.run(async { std::thread::current().name().map(str::to_owned) }).await;
         assert!(name.flatten().is_some_and(|name| names.contains(&name)), "no more threads than processors");
         assert_eq!(threads.threads.lock().expect("whole").len(), most);
+    }
+
+    /// How often a busy task is polled until another one of its thread has heard of a byte.
+    async fn polls_until_heard(threads: &LaneThreads) -> usize {
+        let polls = Arc::new(AtomicUsize::new(0));
+        let (busy, counted) = (Arc::clone(&polls), Arc::clone(&polls));
+        let link = async move {
+            // Its thread's: nobody else looks whether it is ready.
+            let (mut ours, mut theirs) = tokio::net::UnixStream::pair().expect("a pair");
+            let end = CancellationToken::new();
+            let ended = end.clone();
+            let busy = tokio::spawn(std::future::poll_fn(move |cx| {
+                busy.fetch_add(1, Ordering::Relaxed);
+                if ended.is_cancelled() {
+                    return std::task::Poll::Ready(());
+                }
+                let_others(cx);
+                std::task::Poll::Pending
+            }));
+            let mut byte = [0];
+            theirs.write_all(&byte).await.expect("writes");
+            let before = counted.load(Ordering::Relaxed);
+            ours.read_exact(&mut byte).await.expect("reads");
+            let polls = counted.load(Ordering::Relaxed) - before;
+            end.cancel();
+            busy.await.expect("ends");
+            polls
+        };
+        threads.run(link).await.expect("does not panic")
+    }
+
+    #[tokio::test]
+    async fn a_busy_link_lets_its_neighbours_hear_their_bells() {
+        let threads = LaneThreads::default();
+        for _ in 0..20 {
+            let polls = polls_until_heard(&threads).await;
+            assert!(polls <= 4, "polls={polls}");
+        }
     }
 
     #[tokio::test]

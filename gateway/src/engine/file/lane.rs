@@ -233,7 +233,7 @@ impl Work {
             match self.flights.land(slot, entry.result()) {
                 Outcome::Landed(landed) => self.landed.push(landed),
                 Outcome::Again if self.broken => {
-                    self.landed.extend(self.flights.remove(slot, Err(Errno::IO)))
+                    self.landed.extend(self.flights.remove(slot, Err(Errno::CANCELED)))
                 }
                 Outcome::Again => self.todo.push_back(slot),
                 Outcome::Unknown => {
@@ -260,6 +260,10 @@ impl Landed {
             if error == Errno::FAULT {
                 // Whoever shared the memory has taken it away: nobody here must look, and the file is as good as before.
                 tracing::debug!(path = %disk.path.display(), what, "memory of a request has vanished");
+                return Fault::Internal;
+            }
+            if error == Errno::CANCELED {
+                // The ring has failed, not the disk: told then.
                 return Fault::Internal;
             }
             if matches!(self.kind, Kind::Sync | Kind::Write { durable: true }) {
