@@ -101,11 +101,12 @@ pub(crate) fn replace(machine: &Machine, name: &str, program: &[u8]) -> anyhow::
     Ok(std::fs::rename(new, place)?)
 }
 
-/// The same build with another version: every place where the version stands is changed, to a number of the same length.
+/// The same build with another version: every place where the version begins is changed, to a number of the same length. An
+/// optimised build has the first four bytes as an operand of one instruction, the rest as that of another.
 pub(crate) fn another_build(program: &[u8], version: &str) -> anyhow::Result<(Vec<u8>, String)> {
     let (major, rest) = version.split_once('.').context("a version")?;
     let other = format!("{}.{rest}", if major == "9" { "8" } else { "9" });
-    let (from, to) = (version.as_bytes(), other.as_bytes());
+    let (from, to) = (version.get(..4).context("a version")?.as_bytes(), &other.as_bytes()[..4]);
     let mut changed = program.to_vec();
     let mut at = 0;
     while let Some(found) = changed[at..].windows(from.len()).position(|window| window == from) {
