@@ -5,7 +5,7 @@ use crate::link::ring::{Freeze, Frozen};
 use crate::upgrade::Reopening;
 use crate::watchdog::progress;
 use spline_link::memory::SharedMemory;
-use spline_link::ring::{NebdRing, Piece, RingAnswer, RingFds};
+use spline_link::ring::{ENTRIES, NebdRing, Piece, RingAnswer, RingFds};
 use spline_link::{FEATURE_RING, passing};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -237,6 +237,38 @@ async fn what_makes_no_sense_cuts_the_link_and_no_other() {
         nebd.is_cut().await;
         assert_eq!(other.ask(number as u64, BlockOp::Flush, 0, 0, &[]).await, DONE, "{what}");
     }
+}
+
+#[tokio::test]
+async fn a_nebd_that_takes_no_answers_is_cut_and_nothing_of_it_stays() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (gateway, volume) = file_gateway(dir.path(), |_| {}).await;
+    let (mut ring, fds) = NebdRing::create().expect("creates");
+    let list = [fds.memory.as_fd(), fds.to_gateway.as_fd(), fds.to_nebd.as_fd()];
+    let (stream, _) = greet(connect(&gateway).await, &hello(&volume, VersionRange::OURS), &list).await;
+    let memory = SharedMemory::create("guest", 4096).expect("creates");
+    passing::send(stream.as_fd(), &region_frame(0, 0, 4096), &[memory.fd()]).expect("sends");
+    let mut control = Nebd { stream };
+    // Refused, so that many end in one turn.
+    for id in 0..ENTRIES {
+        ring.push(&request(id, BlockOp::Read, 1 << 40, 512), &[piece(0, 0, 512)]);
+    }
+    ring.publish();
+    // Nothing is ever heard; the same requests are shown once more.
+    let bytes = fds.memory.try_clone().expect("clones");
+    let cells = SharedMemory::map(bytes, 0, 4096).expect("maps");
+    let (submitted, answered) = (64, 192);
+    let all_answered = async {
+        let mut count = [0; 8];
+        while u64::from_le_bytes(count) != ENTRIES {
+            tokio::time::sleep(Duration::from_micros(200)).await;
+            cells.read(answered, &mut count).expect("is there");
+        }
+    };
+    tokio::time::timeout(PATIENCE, all_answered).await.expect("they are refused");
+    cells.write(submitted, &(2 * ENTRIES).to_le_bytes()).expect("is there");
+    rustix::io::write(&fds.to_gateway, &1u64.to_ne_bytes()).expect("rings");
+    assert_eq!(tokio::time::timeout(PATIENCE, control.next()).await.expect("it has ended"), None);
 }
 
 #[tokio::test]
