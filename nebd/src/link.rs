@@ -8,6 +8,8 @@ pub mod carrier;
 pub mod frames;
 pub mod ringed;
 pub mod stream;
+#[cfg(test)]
+mod tests;
 
 use crate::inflight::Limits;
 use crate::poller::Poller;
@@ -28,6 +30,9 @@ use thiserror::Error;
 
 /// First wait after a failed attempt.
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
+/// How long nobody listens at most while a gateway is started anew: until then the wait does not grow. An attempt costs as much as
+/// a failed connect().
+const RESTART_TIME: Duration = Duration::from_secs(2);
 /// Longest wait between attempts: a guest should not wait much longer than the gateway needs.
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
 /// Longest wait for a welcome: a resuming gateway first ends the old link's requests and may have to ask for the lease.
@@ -263,10 +268,10 @@ impl Link {
         self.ring.take()
     }
 
-    /// Another gateway process serves the link, with a session of this epoch.
+    /// The link goes on with a session of this epoch, maybe in another gateway process.
     pub fn renewed(&mut self, epoch: Epoch) {
         self.hello.mode = Mode::Resume { epoch };
-        tracing::info!(%epoch, "another gateway process has taken the link over");
+        tracing::info!(%epoch, "the link has a new session");
     }
 
     /// The first bytes of the stream, which came together with the welcome. To be taken once.
@@ -316,7 +321,7 @@ impl Link {
             self.down_since = now;
             self.state = State::Down { retry_at: now };
             tracing::warn!(reason = %why, waiting, "link to the gateway lost");
-        } else {
+        } else if !matches!(why, LinkDown::Io(_)) || now > self.down_since + RESTART_TIME {
             self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
         }
         let next = self.judge(why);
