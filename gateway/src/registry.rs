@@ -14,6 +14,7 @@ use crate::upgrade::monotonic_ns;
 pub(crate) use held::{Held, HeldSession, Reserved};
 use spline_types::VolumeName;
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -23,6 +24,8 @@ use tracing::{info, warn};
 
 /// Most names in use at once: what a host with a few hundred guests never meets.
 const VOLUMES_MAX: usize = 4096;
+/// Time to open a session that is in doubt anew when it ends; whoever stops this gateway waits for it. Its lease runs out instead.
+const SETTLE_LIMIT: Duration = Duration::from_secs(2);
 
 type Slot = tokio::sync::Mutex<Option<Arc<Session>>>;
 
@@ -180,8 +183,41 @@ impl Registry {
     }
 
     async fn end(&self, session: &Session) {
-        let lost = session.is_lost();
+        let mut lost = session.is_lost();
+        match session.in_doubt.swap(false, Ordering::AcqRel) && !lost {
+            true => lost = self.settle(session).await,
+            false => session.engine.close().await,
+        }
+        self.ended(session, lost);
+    }
+
+    /// Ends a session that is in doubt and gives the volume back: what is opened anew is the newest, and is closed. True if another
+    /// gateway has it.
+    async fn settle(&self, session: &Session) -> bool {
+        session.engine.release().await;
+        let opening = async {
+            let _opening = session.opening.lock().await;
+            self.engines.open(&session.name, session.anew()).await
+        };
+        let error = match tokio::time::timeout(SETTLE_LIMIT, opening).await {
+            Ok(Ok(newest)) => {
+                newest.close().await;
+                return false;
+            }
+            Ok(Err(OpenError::Held(_))) => return true,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no metadata server answers in time".to_owned(),
+        };
+        // It may still be the newest.
         session.engine.close().await;
+        warn!(
+            volume = %session.name, error,
+            "volume may not be given back, an upgrade was given up shortly before: its lease will run out"
+        );
+        false
+    }
+
+    fn ended(&self, session: &Session, lost: bool) {
         self.metrics.sessions.dec();
         if lost {
             self.metrics.sessions_lost.inc();

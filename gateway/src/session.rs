@@ -5,7 +5,7 @@
 //! `no_late_duplicate` (a new link is served only when what its dead predecessors started has ended).
 
 use crate::admission::Admission;
-use crate::engine::{Engine, EngineAnswer, Standing};
+use crate::engine::{Engine, EngineAnswer, Standing, Wanted};
 use crate::link::ring::Freeze;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -34,6 +34,11 @@ pub(crate) struct Session {
     /// Taken over from another process, and not served yet: when that one took its last request, nanoseconds of the monotonic
     /// clock.
     pub(crate) paused: Mutex<Option<u64>>,
+    /// A process that was given up may have opened the volume in this session's place. Which session of this gateway is the newest
+    /// is not known until it is opened anew.
+    pub(crate) in_doubt: AtomicBool,
+    /// Held while that is done.
+    pub(crate) opening: tokio::sync::Mutex<()>,
     members: Mutex<Members>,
     /// Number of links, for whoever waits until there is none.
     links: watch::Sender<usize>,
@@ -102,7 +107,7 @@ impl Session {
         leaving: CancellationToken,
     ) -> Self {
         let (since, paused, members) = (SystemTime::now(), Mutex::default(), Mutex::default());
-        let passing = AtomicBool::new(false);
+        let (passing, in_doubt) = (AtomicBool::new(false), AtomicBool::new(false));
         Self {
             name,
             engine,
@@ -111,6 +116,8 @@ impl Session {
             since,
             passing,
             paused,
+            in_doubt,
+            opening: tokio::sync::Mutex::default(),
             members,
             links: watch::Sender::new(0),
         }
@@ -174,6 +181,17 @@ impl Session {
     /// Whether what fails as fenced is to be sent again, to whoever has the session next.
     pub(crate) fn withdraws(&self) -> bool {
         self.leaving.is_cancelled() || self.passing.load(Ordering::Acquire)
+    }
+
+    /// How it is opened anew: as what goes on with it.
+    pub(crate) fn anew(&self) -> Wanted {
+        let traits = self.engine.traits();
+        Wanted {
+            read_only: traits.read_only,
+            force: false,
+            resumes: Some(traits.epoch),
+            known: Some(traits.identity),
+        }
     }
 
     /// Whether a newer session has the volume.

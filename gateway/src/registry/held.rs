@@ -7,6 +7,7 @@ use super::{Registry, Session};
 use crate::engine::{Engine, OpenError};
 use spline_types::VolumeName;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::OwnedMutexGuard;
 
@@ -80,16 +81,18 @@ impl HeldSession {
         Arc::clone(&self.session)
     }
 
-    /// Closes the session, which somebody else may have opened: its links leave within `limit`, and come back to one that is
-    /// opened anew.
-    pub(crate) async fn close(&mut self, registry: &Registry, limit: Duration) {
+    /// Closes the session, which can not be opened anew, because it is lost to another gateway or for another reason: its links
+    /// leave within `limit`, and find out by themselves.
+    pub(crate) async fn close(&mut self, registry: &Registry, limit: Duration, lost: bool) {
         let session = Arc::clone(&self.session);
         session.leaving.cancel();
         session.engine.leave();
         if tokio::time::timeout(limit, session.deserted()).await.is_err() {
             tracing::warn!(volume = %session.name, links = session.links(), "links did not end in time");
         }
-        registry.end(&session).await;
+        session.in_doubt.store(false, Ordering::Release);
+        session.engine.close().await;
+        registry.ended(&session, lost);
         *self.slot = None;
     }
 }

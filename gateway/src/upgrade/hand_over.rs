@@ -224,7 +224,7 @@ impl HandOver {
         }
     }
 
-    /// Sockets and sessions; afterwards the new process could serve. If it could not, everything is as before.
+    /// Sockets and sessions; afterwards the new process could serve. If it could not, the sessions are served on, and opened anew.
     pub(super) async fn prepare(&self, channel: &Channel) -> Result<(Vec<Offered>, Held), (Phase, Why)> {
         let mut held = self.within(Phase::Preparation, async { Ok(self.registry.hold().await) }).await?;
         let mut offered = Vec::new();
@@ -287,9 +287,10 @@ impl HandOver {
                 false => held.session.engine.keep(),
             }
         }
+        // Before anybody has them again: one that ends now is in doubt too.
+        self.reopening.begin(over);
         // Whoever waits for one of them has it as it is.
         drop((offered, held));
-        self.reopening.begin(over);
     }
 
     /// Gives everything away, session by session; answers how many sessions and links the new process goes on with, and after

@@ -1,6 +1,8 @@
 //! Tests of a whole upgrade within one process: the real old side and the real new side at the two ends of a channel, over
 //! engines that only remember what they were told.
 
+mod reopening;
+
 use super::channel::Channel;
 use super::hand_over::{Phase, Why};
 use super::message::{Message, SessionState};
@@ -24,7 +26,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -101,8 +103,26 @@ struct Source {
     log: Log,
     /// Why volumes can not be taken over.
     refuses: Option<OpenError>,
-    /// The metadata server is away: nothing can be opened.
-    away: Arc<AtomicBool>,
+    metadata: Arc<Metadata>,
+}
+
+/// The metadata server as opens meet it.
+struct Metadata {
+    /// It is away: nothing can be opened.
+    away: AtomicBool,
+    /// Another gateway has every volume.
+    held: AtomicBool,
+    /// One permit lets it answer one open; without one it hangs.
+    answers: Semaphore,
+    /// Opens that it was asked for.
+    asked: watch::Sender<usize>,
+}
+
+impl Default for Metadata {
+    fn default() -> Self {
+        let (away, held) = (AtomicBool::default(), AtomicBool::default());
+        Self { away, held, answers: Semaphore::new(1000), asked: watch::Sender::new(0) }
+    }
 }
 
 impl Opener for Source {
@@ -111,12 +131,22 @@ impl Opener for Source {
         name: &'a VolumeName,
         _: Wanted,
     ) -> BoxFuture<'a, Result<Arc<dyn Engine>, OpenError>> {
-        if self.away.load(Ordering::Acquire) {
-            return std::future::ready(Err(OpenError::Unavailable("nobody answers".into()))).boxed();
+        async move {
+            let Metadata { away, held, answers, asked } = &*self.metadata;
+            asked.send_modify(|asked| *asked += 1);
+            answers.acquire().await.expect("open").forget();
+            if away.load(Ordering::Acquire) {
+                return Err(OpenError::Unavailable("nobody answers".into()));
+            }
+            if held.load(Ordering::Acquire) {
+                return Err(OpenError::Held("open on another gateway".into()));
+            }
+            let (name, log) = (name.clone(), Arc::clone(&self.log));
+            let engine = Remembering { name, epoch: 9, releases: true, log };
+            engine.told("open");
+            Ok(Arc::new(engine) as Arc<dyn Engine>)
         }
-        let engine = Remembering { name: name.clone(), epoch: 9, releases: true, log: Arc::clone(&self.log) };
-        engine.told("open");
-        std::future::ready(Ok(Arc::new(engine) as Arc<dyn Engine>)).boxed()
+        .boxed()
     }
     fn adopt<'a>(
         &'a self,
@@ -141,7 +171,7 @@ struct Side {
     registry: Arc<Registry>,
     links: Arc<Links>,
     log: Log,
-    away: Arc<AtomicBool>,
+    metadata: Arc<Metadata>,
 }
 
 impl Side {
@@ -149,8 +179,8 @@ impl Side {
         let log = Log::default();
         let metrics = Arc::new(Metrics::new(&mut prometheus_client::registry::Registry::default()));
         let limits = SessionLimits { requests: 16, bytes: 1 << 20, grace: Duration::from_secs(600) };
-        let away: Arc<AtomicBool> = Arc::default();
-        let source = Source { log: Arc::clone(&log), refuses, away: Arc::clone(&away) };
+        let metadata: Arc<Metadata> = Arc::default();
+        let source = Source { log: Arc::clone(&log), refuses, metadata: Arc::clone(&metadata) };
         let registry =
             Arc::new(Registry::new(Box::new(source), limits, Arc::clone(&metrics), CancellationToken::new()));
         let links = Arc::new(Links {
@@ -160,7 +190,7 @@ impl Side {
             drain_limit: Duration::from_secs(1),
             threads: LaneThreads::default(),
         });
-        Self { registry, links, log, away }
+        Self { registry, links, log, metadata }
     }
 
     /// Serves a volume without links.
@@ -307,7 +337,7 @@ async fn a_new_one_that_can_not_open_a_volume_is_refused_and_the_old_one_goes_on
     lab.old.serve("disk", 4, true).await;
     lab.old.serve("file:/a", 0, true).await;
     let socket = lab.socket.take().expect("once");
-    lab.old.away.store(true, Ordering::Release);
+    lab.old.metadata.away.store(true, Ordering::Release);
     let (ended, refused) = tokio::join!(lab.run_new(socket), lab.make_ready());
     assert!(format!("{:#}", ended.expect_err("refuses")).contains("nobody answers"));
     let (phase, why) = refused.expect_err("is given up");
@@ -319,7 +349,7 @@ async fn a_new_one_that_can_not_open_a_volume_is_refused_and_the_old_one_goes_on
     assert_eq!(told, ["keep file:/a@0", "pass disk@4", "pass file:/a@0"]);
     assert_eq!((lab.old.join("disk").await, lab.old.join("file:/a").await), (4, 0), "served as before");
     assert!(lab.hand_over.run(Some("/bin/true".into())).now_or_never().is_none(), "waits for it");
-    lab.old.away.store(false, Ordering::Release);
+    lab.old.metadata.away.store(false, Ordering::Release);
     lab.hand_over.reopening.ended().await;
     assert_eq!(lab.old.log(), ["open disk@9", "leave disk@4", "release disk@4"], "never closed");
     assert_eq!(lab.old.join("disk").await, 9);

@@ -5,7 +5,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why an upgrade did not happen. But for the last, the old process serves as before.
+/// Why an upgrade did not happen. But for the last, the old process serves on. If one has failed in preparation, sessions of the
+/// cluster are opened anew first: until a metadata server has done that, links that begin and segments that are not allocated wait.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UpgradeError {
     /// One at a time.
