@@ -3,7 +3,8 @@
 use super::*;
 use spline_link::{InstanceId, Mode, Refusal, VersionRange};
 
-fn link(now: Instant) -> Link {
+/// One that has not connected.
+pub(super) fn link(now: Instant) -> Link {
     let hello = Hello {
         versions: VersionRange::OURS,
         features: 0,

@@ -5,13 +5,14 @@ use crate::area::Area;
 use crate::budget::Budget;
 use crate::export::Export;
 use crate::inflight::{Inflight, Limits};
+use crate::link::tests::link;
 use crate::metrics::Families;
 use crate::nbd::connection::ConnectionId;
 use crate::nbd::transmission::Ticket;
 use crate::volume::Asked;
 use prometheus_client::registry::Registry;
 use proptest::prelude::*;
-use spline_link::{Hello, InstanceId, Mode, VersionRange, VolumeTraits, extents};
+use spline_link::{VolumeTraits, extents};
 use spline_types::{BlockSize, ByteRange, Extent, Geometry};
 use std::time::Instant;
 
@@ -50,20 +51,6 @@ fn asked(requests: &[(BlockOp, u64)]) -> (Volume, Vec<RequestId>) {
     (volume, ids)
 }
 
-fn link() -> Link {
-    let hello = Hello {
-        versions: VersionRange::OURS,
-        features: 0,
-        mode: Mode::Open,
-        read_only: false,
-        force: false,
-        instance: InstanceId(1),
-        identity: None,
-        volume: "disk0".parse().expect("a name"),
-    };
-    Link::new("/nowhere".into(), hello, Instant::now())
-}
-
 fn reply(id: RequestId, payload: &[u8]) -> Vec<u8> {
     let head = Header::reply(id, Completion::Done(()), payload.len() as u32).encode();
     [&head[..], payload].concat()
@@ -72,7 +59,9 @@ fn reply(id: RequestId, payload: &[u8]) -> Vec<u8> {
 /// What comes of bytes.
 fn hear(stream: &mut Stream, volume: &mut Volume, bytes: &[u8]) -> Result<Vec<Answer>, LinkDown> {
     let mut answers = Vec::new();
-    stream.take(bytes, &mut link(), volume, &mut |_, _, result| answers.push(result.expect("done")))?;
+    stream.take(bytes, &mut link(Instant::now()), volume, &mut |_, _, result| {
+        answers.push(result.expect("done"))
+    })?;
     Ok(answers)
 }
 
