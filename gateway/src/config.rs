@@ -53,6 +53,8 @@ pub struct Config {
     pub file_roots: Vec<PathBuf>,
     /// How files are read and written.
     pub file_io: FileIo,
+    /// Whether the threads that serve files stay on their processors while few requests are under way, so that nebd comes to them.
+    pub stay_on_processor: bool,
     /// How long a shutdown waits for running requests.
     #[serde(with = "duration")]
     pub drain_limit: Duration,
@@ -80,6 +82,7 @@ impl Default for Config {
             mds: vec!["127.0.0.1:6700".into()],
             file_roots: Vec::new(),
             file_io: FileIo::default(),
+            stay_on_processor: true,
             drain_limit: Duration::from_secs(2),
             upgrade_limit: Duration::from_secs(10),
             session_grace: Duration::from_secs(10),

@@ -79,7 +79,7 @@ impl Parts {
             metrics: counts,
             buffers,
             drain_limit: config.drain_limit,
-            threads: LaneThreads::default(),
+            threads: LaneThreads::new(config.stay_on_processor),
         });
         Self { config, id, registry, links, leaving }
     }

@@ -11,6 +11,7 @@ mod bell;
 mod control;
 mod hello;
 pub(crate) mod ring;
+mod staying;
 mod stream;
 #[cfg(test)]
 mod tests;

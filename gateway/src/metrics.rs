@@ -50,6 +50,8 @@ pub(crate) struct Metrics {
     faults: Family<FaultLabel, Counter>,
     pub(crate) sessions: Gauge,
     pub(crate) links: Gauge,
+    /// Links whose nebd was told on which processor their thread stays.
+    pub(crate) links_staying: Gauge,
     pub(crate) inflight_bytes: Gauge,
     pub(crate) opens_refused: Counter,
     pub(crate) sessions_lost: Counter,
@@ -90,6 +92,7 @@ impl Metrics {
             faults: Family::default(),
             sessions: Gauge::default(),
             links: Gauge::default(),
+            links_staying: Gauge::default(),
             inflight_bytes: Gauge::default(),
             opens_refused: Counter::default(),
             sessions_lost: Counter::default(),
@@ -111,6 +114,11 @@ impl Metrics {
         registry.register("faults", "Requests that failed, by operation and fault", metrics.faults.clone());
         registry.register("sessions", "Open sessions", metrics.sessions.clone());
         registry.register("links", "Links that are served", metrics.links.clone());
+        registry.register(
+            "links_staying",
+            "Links whose thread stays on its processor, where nebd comes to it",
+            metrics.links_staying.clone(),
+        );
         registry.register_with_unit(
             "inflight",
             "Data of requests that were taken and not answered yet",

@@ -5,6 +5,7 @@
 
 use crate::config::{Checked, CheckedNbd};
 use crate::doors::NbdDoors;
+use crate::link::beside::Beside;
 use crate::link::carrier::Carrier;
 use crate::link::{Link, LinkDown, Next};
 use crate::listener::Listener;
@@ -72,6 +73,8 @@ pub struct EventLoop {
     idle_at: Option<Instant>,
     turn: usize,
     polling: Polling,
+    /// Where its thread is.
+    beside: Beside,
     /// Since when there is nothing to do before the gateway answers.
     awaiting: Option<Instant>,
 }
@@ -111,6 +114,7 @@ impl EventLoop {
             idle_at: None,
             turn: 0,
             polling: Polling::default(),
+            beside: Beside::default(),
             awaiting: None,
         })
     }
@@ -222,7 +226,8 @@ impl EventLoop {
     /// Looks for a completion for a moment, if one is likely to come within it, while the gateway need not ring. True if one is
     /// there.
     fn look(&mut self) -> bool {
-        if !self.carrier.is_asked() {
+        // Beside the gateway's thread, looking would keep it from answering.
+        if !self.carrier.is_asked() || self.beside.is() {
             return false;
         }
         let since = *self.awaiting.get_or_insert_with(Instant::now);
@@ -446,6 +451,7 @@ impl EventLoop {
             if let Err(why) = self.carrier.flush(&self.link, &mut self.volume, &self.poller, LINK) {
                 self.link_failed(&why)?;
             }
+            self.beside.keep(self.carrier.gateway_processor());
             self.volume.metrics.link_wakeups.inc_by(self.carrier.new_bells());
             self.want_back();
             let caught_up = self.flush_clients();

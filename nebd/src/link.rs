@@ -4,6 +4,7 @@
 //! ([`ringed`] or [`stream`]), `vhost::ringed`'s or `vhost::stream`'s for guests. Must not know: NBD, virtio, requests. `replay_before_new`: whoever loses a link makes
 //! its in-flight table hand out everything unanswered again, oldest first, before what came later.
 
+pub mod beside;
 pub mod carrier;
 pub mod frames;
 pub mod ringed;

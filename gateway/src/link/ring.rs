@@ -13,6 +13,7 @@ mod requests;
 use super::bell::Bell;
 use super::control::{Control, Said};
 use super::hello::Facts;
+use super::staying::Share;
 use super::{
     Breach, Ending, Links, Signal, WindsUp, hear_no_more, next_signal, predecessors_ended, threads, wind_up,
 };
@@ -90,6 +91,8 @@ pub(super) struct RingLink {
     requests: Requests,
     /// A request that waits for its permit.
     waiting: Option<(BlockRequest, SharedData, BoxFuture<'static, Permit>)>,
+    /// What nebd is told of the thread.
+    share: Share,
     /// Used again in each turn.
     pieces: Vec<Piece>,
     ended: Vec<Ended>,
@@ -110,11 +113,13 @@ impl RingLink {
     /// If the bell can not be waited for.
     pub(super) fn new(
         control: Control,
-        (ring, bell): (GatewayRing, OwnedFd),
+        (mut ring, bell): (GatewayRing, OwnedFd),
         facts: Facts,
         session: &Arc<Session>,
         links: &Links,
     ) -> io::Result<Self> {
+        // Another process may have stayed elsewhere.
+        ring.tell_processor(None);
         Ok(Self {
             control,
             ring,
@@ -124,6 +129,7 @@ impl RingLink {
             running: FuturesUnordered::new(),
             requests: Requests::default(),
             waiting: None,
+            share: Share::new(links.metrics.links_staying.clone()),
             pieces: Vec::new(),
             ended: Vec::new(),
             session: Arc::clone(session),
@@ -216,6 +222,9 @@ impl RingLink {
         let since = Instant::now();
         for _ in 0..TURNS_MAX {
             let taken = self.take(cx)?;
+            if taken {
+                self.tell_processor(since);
+            }
             let moved = self.collect(cx)? || taken;
             if let Some(ending) = self.over.take() {
                 return Ok(Poll::Ready(ending));
@@ -223,6 +232,9 @@ impl RingLink {
             self.ring.publish();
             if let Poll::Ready(Err(error)) = self.control.poll_flush(cx) {
                 return Err(error.into());
+            }
+            if moved {
+                self.tell_processor(since);
             }
             if moved || (self.waiting.is_none() && !self.ring.sleep()?) {
                 if since.elapsed() > TURNS_TIME {
@@ -237,6 +249,13 @@ impl RingLink {
         }
         threads::let_others(cx);
         Ok(Poll::Pending)
+    }
+
+    /// Tells nebd where the thread stays, as that follows from what is under way.
+    fn tell_processor(&mut self, now: Instant) {
+        if let Some(processor) = self.share.heed(self.requests.len(), now) {
+            self.ring.tell_processor(processor);
+        }
     }
 
     /// Acts upon frames.

@@ -377,7 +377,7 @@ impl Bench {
             metrics,
             buffers: BufferPool::new(),
             drain_limit,
-            threads: LaneThreads::default(),
+            threads: LaneThreads::new(true),
         });
         Self { engine, links, leaving }
     }

@@ -4,6 +4,7 @@
 //! Used by [`link`](super). Must not know: what a link does. `bounded`: as many threads as processors, each started when a link
 //! needs it.
 
+use super::staying;
 use std::future::Future;
 use std::io;
 use std::pin::pin;
@@ -15,9 +16,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::warn;
 
 /// The threads of a gateway. They end when it is dropped.
-#[derive(Default)]
 pub(crate) struct LaneThreads {
     threads: Mutex<Vec<LaneThread>>,
+    /// They may [stay](staying) on their processors.
+    may_stay: bool,
 }
 
 struct LaneThread {
@@ -38,6 +40,11 @@ pub(super) fn let_others(cx: &mut Context<'_>) {
 }
 
 impl LaneThreads {
+    /// None yet; those to come may stay on their processors if `may_stay`.
+    pub(crate) fn new(may_stay: bool) -> Self {
+        Self { threads: Mutex::default(), may_stay }
+    }
+
     /// Runs a link's future on the thread that has the fewest; here if there is none to be had. `None` if it panicked.
     pub(super) async fn run<F>(&self, link: F) -> Option<F::Output>
     where
@@ -65,7 +72,7 @@ impl LaneThreads {
         let load = |thread: &LaneThread| thread.links.load(Ordering::Relaxed);
         let all_busy = threads.iter().all(|thread| load(thread) > 0);
         if all_busy && threads.len() < most {
-            match LaneThread::start(threads.len()) {
+            match LaneThread::start(threads.len(), self.may_stay) {
                 Ok(thread) => threads.push(thread),
                 Err(error) if threads.is_empty() => return Err(error),
                 Err(error) => warn!(%error, threads = threads.len(), "no further thread for links"),
@@ -79,12 +86,17 @@ impl LaneThreads {
 }
 
 impl LaneThread {
-    fn start(number: usize) -> io::Result<Self> {
+    fn start(number: usize, may_stay: bool) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let (handle, end) = (runtime.handle().clone(), CancellationToken::new());
         let ended = end.clone();
         let thread = std::thread::Builder::new().name(format!("lane-{number}"));
-        thread.spawn(move || runtime.block_on(ended.cancelled()))?;
+        thread.spawn(move || {
+            if may_stay {
+                staying::allow();
+            }
+            runtime.block_on(ended.cancelled());
+        })?;
         Ok(Self { runtime: handle, links: Arc::default(), end: end.drop_guard() })
     }
 }
@@ -103,7 +115,7 @@ mod tests {
 
     #[tokio::test]
     async fn links_are_spread_over_threads_and_leave_them() {
-        let threads = Arc::new(LaneThreads::default());
+        let threads = Arc::new(LaneThreads::new(true));
         let most = std::thread::available_parallelism().map_or(1, usize::from);
         let mut links = Vec::new();
         for _ in 0..most {
@@ -164,7 +176,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_busy_link_lets_its_neighbours_hear_their_bells() {
-        let threads = LaneThreads::default();
+        let threads = LaneThreads::new(true);
         for _ in 0..20 {
             let polls = polls_until_heard(&threads).await;
             assert!(polls <= 4, "polls={polls}");
@@ -173,7 +185,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_link_that_panics_takes_no_other_with_it() {
-        let threads = LaneThreads::default();
+        let threads = LaneThreads::new(true);
         assert_eq!(threads.run(async { panic!("a link that panics") }).await, None::<()>);
         assert_eq!(threads.run(async { 1 }).await, Some(1));
         assert!(

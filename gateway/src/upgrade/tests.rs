@@ -188,7 +188,7 @@ impl Side {
             metrics,
             buffers: BufferPool::new(),
             drain_limit: Duration::from_secs(1),
-            threads: LaneThreads::default(),
+            threads: LaneThreads::new(true),
         });
         Self { registry, links, log, metadata }
     }

@@ -146,6 +146,14 @@ impl Carrier {
         }
     }
 
+    /// Where the gateway's thread stays.
+    pub fn gateway_processor(&self) -> Option<u32> {
+        match &self.means {
+            Means::Ring(ring) => ring.gateway_processor(),
+            Means::None | Means::Socket(_) => None,
+        }
+    }
+
     /// Whether one is awaited there.
     pub fn is_asked(&self) -> bool {
         matches!(&self.means, Means::Ring(ring) if ring.is_asked())

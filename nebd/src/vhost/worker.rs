@@ -18,6 +18,7 @@ pub mod served;
 use crate::export::Export;
 use crate::inflight::{Entry, Inflight, Limits};
 use crate::link::Link;
+use crate::link::beside::Beside;
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::poller::Poller;
@@ -119,6 +120,8 @@ pub struct Worker {
     ended: bool,
     now: Instant,
     polling: Polling,
+    /// Where its thread is.
+    beside: Beside,
     /// Since when nothing is open: the guest's next request is waited for.
     answered: Option<Instant>,
     /// When memory is given back; `None` if that is done.
@@ -138,6 +141,14 @@ impl Carrier {
         match self {
             Self::Ring(ring) => ring.link().sleep(),
             Self::None | Self::Socket(_) => true,
+        }
+    }
+
+    /// Where the gateway's thread stays.
+    fn gateway_processor(&self) -> Option<u32> {
+        match self {
+            Self::Ring(ring) => ring.gateway_processor(),
+            Self::None | Self::Socket(_) => None,
         }
     }
 
@@ -185,6 +196,7 @@ impl Worker {
             ended: false,
             now,
             polling: Polling::default(),
+            beside: Beside::default(),
             answered: None,
             idle_at: None,
         })
@@ -309,6 +321,7 @@ impl Worker {
             self.take_answers()?;
             let room = self.fetch_all();
             self.flush()?;
+            self.beside.keep(self.carrier.gateway_processor());
             self.queues.values_mut().for_each(Served::publish);
             let more = (room && (self.look() || self.listen_all())) | self.carrier.has_answers();
             if !more && self.carrier.sleep() {

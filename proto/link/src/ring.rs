@@ -6,7 +6,8 @@
 //!
 //! Layout, in cells of eight bytes, little-endian, 64-byte lines: cell 0 magic and version, cell 1 numbers of places; then, each in
 //! a line of its own, `submitted` (nebd counts requests), `taken` (gateway), `answered` (gateway counts completions), `heard`
-//! (nebd), `gateway_sleeps`, `nebd_sleeps`; from byte 4096 the requests, eight cells each (id | op u8, flags u8, zero u16,
+//! (nebd), `gateway_sleeps` and in the next cell `gateway_processor` (0, or one more than the number of the processor on which the
+//! gateway stays), `nebd_sleeps`; from byte 4096 the requests, eight cells each (id | op u8, flags u8, zero u16,
 //! pieces u32 | offset | length | two pieces, or where more of them begin among the pieces), then the completions, two cells each
 //! (id | status u16, zero u16, payload u32), then the pieces, two cells each (region u32, length u32 | offset). Counters only
 //! grow; a place is its number modulo the places there are.
@@ -54,6 +55,7 @@ const CELL_TAKEN: usize = 16;
 const CELL_ANSWERED: usize = 24;
 const CELL_HEARD: usize = 32;
 const CELL_GATEWAY_SLEEPS: usize = 40;
+const CELL_GATEWAY_PROCESSOR: usize = 41;
 const CELL_NEBD_SLEEPS: usize = 48;
 const CELL_REQUESTS: usize = 512;
 
@@ -200,15 +202,26 @@ impl<C: Cells> NebdEnd<C> {
         }
     }
 
+    /// Whether anything was pushed that is not shown.
+    pub fn has_to_publish(&self) -> bool {
+        self.shown != self.submitted
+    }
+
     /// Shows what was pushed. True if the gateway sleeps: its bell must be rung.
     #[must_use]
     pub fn publish(&mut self) -> bool {
-        if self.shown == self.submitted {
+        if !self.has_to_publish() {
             return false;
         }
         self.shown = self.submitted;
         self.cells.store(CELL_SUBMITTED, self.submitted, Ordering::Release);
         must_ring(&self.cells, CELL_GATEWAY_SLEEPS)
+    }
+
+    /// The processor on which the gateway stays, if it says so: a claim, which names any number.
+    pub fn gateway_processor(&self) -> Option<u32> {
+        let value = self.cells.load(CELL_GATEWAY_PROCESSOR, Ordering::Relaxed);
+        value.checked_sub(1).and_then(|number| u32::try_from(number).ok())
     }
 
     /// Requests without a completion that was heard, those not published included.
@@ -382,6 +395,12 @@ impl<C: Cells> GatewayEnd<C> {
         self.shown = self.position.answered;
         self.cells.store(CELL_ANSWERED, self.shown, Ordering::Release);
         must_ring(&self.cells, CELL_NEBD_SLEEPS)
+    }
+
+    /// Tells nebd on which processor the gateway stays, if it does.
+    pub fn tell_processor(&mut self, processor: Option<u32>) {
+        let value = processor.map_or(0, |number| u64::from(number) + 1);
+        self.cells.store(CELL_GATEWAY_PROCESSOR, value, Ordering::Relaxed);
     }
 
     /// Says that the gateway is about to wait for its bell. False if there is a request: it must not.

@@ -54,6 +54,10 @@ impl Requests {
         Some(ongoing)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.len == 0
     }

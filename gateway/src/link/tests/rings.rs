@@ -154,6 +154,43 @@ async fn a_file_is_served_from_shared_memory() {
     nebd.is_cut().await;
 }
 
+/// Asks one at a time, or `together` at once, until the gateway says that its thread stays, or that it does not.
+async fn ask_until(nebd: &mut RingNebd, stays: bool, together: u64) {
+    let asking = async {
+        let mut id = 0;
+        while nebd.ring.gateway_processor().is_some() != stays {
+            for _ in 0..together {
+                id += 1;
+                nebd.push(&request(id, BlockOp::Read, 0, 4096), &[piece(0, 0, 4096)]);
+            }
+            nebd.ring.publish();
+            for _ in 0..together {
+                nebd.next().await;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, asking).await.expect("comes to it");
+}
+
+#[tokio::test]
+async fn nebd_is_told_where_the_thread_stays_while_requests_are_few() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (gateway, volume) = file_gateway(dir.path(), |_| {}).await;
+    let mut nebd = RingNebd::open(connect(&gateway).await, &volume).await;
+    ask_until(&mut nebd, true, 1).await;
+    ask_until(&mut nebd, false, 64).await;
+    ask_until(&mut nebd, true, 1).await;
+    gateway.shutdown().await;
+
+    let (gateway, volume) = file_gateway(dir.path(), |config| config.stay_on_processor = false).await;
+    let mut nebd = RingNebd::open(connect(&gateway).await, &volume).await;
+    let until = Instant::now() + Duration::from_millis(20);
+    while Instant::now() < until {
+        nebd.ask(1, BlockOp::Read, 0, 4096, &[piece(0, 0, 4096)]).await;
+        assert_eq!(nebd.ring.gateway_processor(), None, "it was told not to stay");
+    }
+}
+
 #[tokio::test]
 async fn a_burst_in_a_ring_is_answered_once_each() {
     let dir = tempfile::tempdir().expect("temporary directory");

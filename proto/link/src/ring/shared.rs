@@ -80,6 +80,7 @@ pub struct NebdRing {
     to_gateway: OwnedFd,
     bell: OwnedFd,
     bells: u64,
+    processor: Option<u32>,
 }
 
 impl NebdRing {
@@ -100,7 +101,7 @@ impl NebdRing {
             to_nebd,
         };
         let end = NebdEnd::new(MappedCells(memory), Places::REAL);
-        Ok((Self { end, to_gateway, bell, bells: 0 }, fds))
+        Ok((Self { end, to_gateway, bell, bells: 0, processor: None }, fds))
     }
 
     /// Readable after the gateway has rung, until it is [silenced](Self::silence).
@@ -132,8 +133,17 @@ impl NebdRing {
         self.end.push(request, pieces);
     }
 
+    /// [`NebdEnd::gateway_processor`], as it was when a request was last shown.
+    pub fn gateway_processor(&self) -> Option<u32> {
+        self.processor
+    }
+
     /// [`NebdEnd::publish`], and wakes the gateway if it sleeps.
     pub fn publish(&mut self) {
+        if self.end.has_to_publish() {
+            // In the line that publishing reads.
+            self.processor = self.end.gateway_processor();
+        }
         if self.end.publish() {
             self.bells += 1;
             // Nobody reads the counter: it is never full.
@@ -254,6 +264,11 @@ impl GatewayRing {
     /// As there.
     pub fn look(&mut self) -> Result<bool, LinkError> {
         self.end.look()
+    }
+
+    /// [`GatewayEnd::tell_processor`].
+    pub fn tell_processor(&mut self, processor: Option<u32>) {
+        self.end.tell_processor(processor);
     }
 
     /// [`GatewayEnd::sleep`].

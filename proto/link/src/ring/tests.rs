@@ -137,6 +137,20 @@ fn a_side_that_waits_is_woken_once() {
 }
 
 #[test]
+fn nebd_hears_where_the_gateway_stays_and_believes_nothing() {
+    let (nebd, mut gateway, cells) = pair();
+    assert_eq!(nebd.gateway_processor(), None, "a gateway that does not tell");
+    for told in [Some(0), Some(63), Some(u32::MAX), None] {
+        gateway.tell_processor(told);
+        assert_eq!(nebd.gateway_processor(), told);
+    }
+    gateway.tell_processor(Some(2));
+    assert_eq!([40, 41, 48].map(|cell| cells.load(cell, Ordering::Relaxed)), [0, 3, 0]);
+    cells.store(41, u64::MAX, Ordering::Relaxed);
+    assert_eq!(nebd.gateway_processor(), None);
+}
+
+#[test]
 fn another_gateway_goes_on_from_the_position() {
     let (mut nebd, mut gateway, cells) = pair();
     for id in 0..3 {
