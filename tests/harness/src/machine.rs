@@ -23,6 +23,10 @@ const GROUP_LIMIT: Duration = Duration::from_secs(20);
 const HIERARCHIES: [&str; 3] = ["/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
 /// Lines of the journal that are shown if a test fails.
 const JOURNAL_LINES: &str = "200";
+/// The hierarchy of memory, where it is one of its own.
+const MEMORY_GROUPS: &str = "/sys/fs/cgroup/memory";
+/// Bytes that are not enough for anything.
+const STARVING: &str = "65536";
 /// Puts itself into the groups in front of `--`, and becomes what is behind.
 const IN_GROUPS: &str = r#"
 for group; do
@@ -196,6 +200,52 @@ impl Machine {
             ensure!(found == value, "unit={unit} {name}={found}");
             Ok(Some(()))
         })
+    }
+
+    /// Takes memory away from the main process of a service until the kernel kills it for want of memory, which happens when it
+    /// next wants some. Where systemd rules memory by its own groups that is the service's, and its next process has enough again.
+    ///
+    /// # Errors
+    /// If the kernel has no control group for memory, or the process lives on.
+    pub fn starve(&mut self, service: &str) -> anyhow::Result<()> {
+        let process = self.property(service, "MainPID")?;
+        let apart = Path::new(MEMORY_GROUPS).join("memory.limit_in_bytes").exists();
+        match apart {
+            true => self.starve_process(&process)?,
+            false => {
+                self.systemctl(&["set-property", "--runtime", service, &format!("MemoryMax={STARVING}")])?;
+            }
+        }
+        let killed = wait_until("the kernel to kill for want of memory", LIFE_LIMIT, || {
+            Ok((self.property(service, "MainPID")? != process).then_some(()))
+        });
+        if !apart {
+            self.systemctl(&["set-property", "--runtime", service, "MemoryMax=infinity"])?;
+        }
+        killed
+    }
+
+    fn starve_process(&mut self, process: &str) -> anyhow::Result<()> {
+        let name = self.dir.path().file_name().context("a directory's name")?;
+        let group = Path::new(MEMORY_GROUPS).join(name);
+        if !group.exists() {
+            std::fs::create_dir(&group)?;
+            self.groups.push(group.clone());
+        }
+        std::fs::write(group.join("memory.limit_in_bytes"), STARVING)?;
+        // Only the namespace of its processes: it has the number there that systemd says.
+        let leader = self.running.as_ref().map_or(0, |running| running.leader);
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--target={leader}")).args([
+            "--pid",
+            "--",
+            "sh",
+            "-ec",
+            "echo $1 >$2",
+            "sh",
+            process,
+        ]);
+        tool::run(command.arg(group.join("cgroup.procs"))).map(drop)
     }
 
     /// A path of the machine as the test reaches it, sockets too; valid until the machine is off.

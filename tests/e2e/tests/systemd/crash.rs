@@ -46,6 +46,23 @@ fn a_gateway_that_is_killed_is_a_pause() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_gateway_that_runs_out_of_memory_is_a_pause() -> anyhow::Result<()> {
+    let mut machine = host::with_a_guest()?;
+    let nebd = host::main_pid(&machine, NEBD)?;
+    let mut loads = host::loads(&machine)?;
+    loads.iter_mut().try_for_each(|load| load.wait_for_beats(BEATS))?;
+    machine.starve(GATEWAY)?;
+    for mut load in loads {
+        load.wait_for_beats(BEATS)?;
+        load.finish()?;
+    }
+    ensure!(machine.property(GATEWAY, "NRestarts")? == "1", "{}", machine.journal(GATEWAY)?);
+    ensure!(host::main_pid(&machine, NEBD)? == nebd, "the gateway's end must not touch nebd");
+    machine.finish();
+    Ok(())
+}
+
+#[test]
 fn a_gateway_that_hangs_is_replaced_by_the_watchdog() -> anyhow::Result<()> {
     let machine = host::with_a_guest()?;
     let nebd = host::main_pid(&machine, NEBD)?;

@@ -64,6 +64,13 @@ fn the_units_are_right_and_confined() -> anyhow::Result<()> {
         let level: f64 = overall.1.split_whitespace().nth(1).context("a level")?.parse()?;
         ensure!(level < EXPOSURE_MAX, "{said}");
     }
+    for unit in [GATEWAY, NEBD] {
+        let allowed = machine.property(unit, "SystemCallFilter")?;
+        ensure!(
+            allowed.contains("sched_setaffinity"),
+            "a thread goes to its neighbour's processor: {allowed}"
+        );
+    }
     for (program, config) in [
         ("spline-gateway", "gateway.toml"),
         ("spline-mds", "mds.toml"),
