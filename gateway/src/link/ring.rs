@@ -93,6 +93,8 @@ pub(super) struct RingLink {
     waiting: Option<(BlockRequest, SharedData, BoxFuture<'static, Permit>)>,
     /// What nebd is told of the thread.
     share: Share,
+    /// Most data of a request that was taken in this turn, bytes.
+    largest: u32,
     /// Used again in each turn.
     pieces: Vec<Piece>,
     ended: Vec<Ended>,
@@ -130,6 +132,7 @@ impl RingLink {
             requests: Requests::default(),
             waiting: None,
             share: Share::new(links.metrics.links_staying.clone()),
+            largest: 0,
             pieces: Vec::new(),
             ended: Vec::new(),
             session: Arc::clone(session),
@@ -221,9 +224,10 @@ impl RingLink {
         }
         let since = Instant::now();
         for _ in 0..TURNS_MAX {
+            self.largest = 0;
             let taken = self.take(cx)?;
             if taken {
-                self.tell_processor(since);
+                self.tell_processor(self.largest, since);
             }
             let moved = self.collect(cx)? || taken;
             if let Some(ending) = self.over.take() {
@@ -234,7 +238,7 @@ impl RingLink {
                 return Err(error.into());
             }
             if moved {
-                self.tell_processor(since);
+                self.tell_processor(0, since);
             }
             if moved || (self.waiting.is_none() && !self.ring.sleep()?) {
                 if since.elapsed() > TURNS_TIME {
@@ -252,8 +256,8 @@ impl RingLink {
     }
 
     /// Tells nebd where the thread stays, as that follows from what is under way.
-    fn tell_processor(&mut self, now: Instant) {
-        if let Some(processor) = self.share.heed(self.requests.len(), now) {
+    fn tell_processor(&mut self, bytes: u32, now: Instant) {
+        if let Some(processor) = self.share.heed(self.requests.len(), bytes, now) {
             self.ring.tell_processor(processor);
         }
     }
@@ -301,6 +305,7 @@ impl RingLink {
             let data = SharedData::new(&self.regions, &self.pieces)?;
             let bytes = super::data_of(&request);
             bytes_taken += u64::from(bytes);
+            self.largest = self.largest.max(bytes);
             match self.session.admission.try_acquire(bytes) {
                 Some(permit) => self.start(request, data, permit, now),
                 None => {

@@ -18,6 +18,8 @@ use tracing::{debug, warn};
 const FEW: usize = 2;
 /// With more it ends: then two processors do more than one.
 const MANY: usize = 4;
+/// Data of a request, bytes, from which copying it takes longer than waking a processor: nebd copies while this thread goes on.
+const LARGE: u32 = 128 << 10;
 /// For so long there are no more than [`FEW`] before it begins: thousands of times what its beginning and end cost.
 const CALM: Duration = Duration::from_millis(2);
 /// Longest stay.
@@ -80,11 +82,11 @@ pub(super) fn allow() {
 }
 
 impl Thread {
-    fn heed(&mut self, now: Instant) {
+    fn heed(&mut self, large: bool, now: Instant) {
         if self.refused {
             return;
         }
-        match self.stay.heed(self.open, now) {
+        match self.stay.heed(if large { MANY + 1 } else { self.open }, now) {
             None => {}
             Some(Change::Begin) => match stay_here() {
                 Ok(at) => self.at = Some(at),
@@ -137,14 +139,14 @@ impl Share {
         Self { open: 0, told: None, staying }
     }
 
-    /// The link has `open` requests under way. Answers what nebd is to be told, if it is something new: the processor on which
-    /// the thread stays, or that it does not.
-    pub(super) fn heed(&mut self, open: usize, now: Instant) -> Option<Option<u32>> {
+    /// The link has `open` requests under way, and has just taken one with `bytes` of data. Answers what nebd is to be told, if it
+    /// is something new: the processor on which the thread stays, or that it does not.
+    pub(super) fn heed(&mut self, open: usize, bytes: u32, now: Instant) -> Option<Option<u32>> {
         let before = std::mem::replace(&mut self.open, open);
         let processor = THREAD.with_borrow_mut(|thread| {
             let thread = thread.as_mut()?;
             thread.open = (thread.open + open).saturating_sub(before);
-            thread.heed(now);
+            thread.heed(bytes >= LARGE, now);
             thread.at.as_ref().map(|(processor, _)| *processor)
         });
         if processor == self.told {
@@ -216,25 +218,29 @@ mod tests {
             move || {
                 let start = Instant::now();
                 let mut elsewhere = Share::new(staying.clone());
-                assert_eq!(elsewhere.heed(1, start), None);
-                assert_eq!(elsewhere.heed(1, start + CALM), None, "only threads that are allowed to stay do");
+                assert_eq!(elsewhere.heed(1, 0, start), None);
+                assert_eq!(
+                    elsewhere.heed(1, 0, start + CALM),
+                    None,
+                    "only threads that are allowed to stay do"
+                );
                 drop(elsewhere);
                 allow();
                 let (mut one, mut other) = (Share::new(staying.clone()), Share::new(staying.clone()));
-                assert_eq!(one.heed(1, start), None);
-                let told = one.heed(1, start + CALM).expect("something new");
+                assert_eq!(one.heed(1, 0, start), None);
+                let told = one.heed(1, 0, start + CALM).expect("something new");
                 assert_eq!(told, Some(sched_getcpu() as u32), "where it is");
                 assert_eq!(processors(), 1);
-                assert_eq!(other.heed(1, start + CALM), Some(told), "the other's nebd is told too");
+                assert_eq!(other.heed(1, 0, start + CALM), Some(told), "the other's nebd is told too");
                 assert_eq!(staying.get(), 2);
-                assert_eq!(other.heed(MANY, start + CALM), Some(None), "together they have many");
+                assert_eq!(other.heed(MANY, 0, start + CALM), Some(None), "together they have many");
                 assert_eq!(processors(), own);
-                assert_eq!(one.heed(1, start + CALM), Some(None));
+                assert_eq!(one.heed(1, 0, start + CALM), Some(None));
                 assert_eq!(staying.get(), 0);
                 drop(other);
-                assert_eq!(one.heed(1, start + CALM), None);
+                assert_eq!(one.heed(1, 0, start + CALM), None);
                 assert!(
-                    one.heed(1, start + CALM * 2).is_some(),
+                    one.heed(1, 0, start + CALM * 2).is_some(),
                     "what a link had that is gone does not count"
                 );
             }
