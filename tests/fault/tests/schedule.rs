@@ -37,6 +37,8 @@ struct Stage {
     stalls: Stalls,
     /// Links that were cut.
     cut: usize,
+    /// Upgrades that were refused, and tried again.
+    refused: usize,
 }
 
 impl Stage {
@@ -51,7 +53,7 @@ impl Stage {
         let loads = exports.iter().zip(1..).map(start).collect();
         let guest_load = GuestLoad::start(&guest.socket, History::new(BLOCKS), seed);
         let (away, stalls) = (None, Stalls::default());
-        Ok(Self { loads, guest_load, exports, guest, rig, away, stalls, cut: 0 })
+        Ok(Self { loads, guest_load, exports, guest, rig, away, stalls, cut: 0, refused: 0 })
     }
 
     fn cluster(&mut self) -> &mut Cluster {
@@ -92,10 +94,7 @@ impl Stage {
 
     fn happen(&mut self, step: Step) -> anyhow::Result<()> {
         match step {
-            Step::Upgrade => {
-                self.wait_until_steered()?;
-                drop(self.rig.upgrade(None)?);
-            }
+            Step::Upgrade => self.upgrade()?,
             Step::KillGateway => self.rig.gateway_mut().restart()?,
             Step::StopGateway => {
                 self.wait_until_steered()?;
@@ -125,6 +124,18 @@ impl Stage {
             }
         }
         Ok(())
+    }
+
+    /// A metadata server that answers too late is a refusal, and the old gateway goes on: the operator tries again.
+    fn upgrade(&mut self) -> anyhow::Result<()> {
+        self.wait_until_steered()?;
+        wait_until("the upgrade", RECOVERY_LIMIT, || match self.rig.upgrade(None) {
+            Err(refused) if format!("{refused:#}").contains("no metadata server answers") => {
+                self.refused += 1;
+                Err(refused)
+            }
+            outcome => Ok(Some(outcome.map(drop))),
+        })?
     }
 
     fn freeze(&self, time: Duration) -> anyhow::Result<()> {
@@ -178,14 +189,16 @@ fn nothing_is_lost_whatever_happens_in_whatever_order() {
     let mut stage = Stage::new(seed).expect("clients at work");
     let mut done = Vec::new();
     let followed = stage.follow(Schedule::new(seed), time, &mut done);
-    let (steps, cut) = (done.len(), stage.cut);
+    let (steps, cut, refused) = (done.len(), stage.cut, stage.refused);
     if let Err(error) = followed {
         panic!("seed={seed} steps={steps}\n{}\n{error:#}", told(&done));
     }
     let stalls = stage.finish().unwrap_or_else(|error| {
         panic!("seed={seed} steps={steps}\n{}\n{error:#}", told(&done));
     });
-    say(&format!("schedule: seed={seed} steps={steps} links_cut={cut} violations=0\n{stalls}"));
+    say(&format!(
+        "schedule: seed={seed} steps={steps} links_cut={cut} upgrades_refused={refused} violations=0\n{stalls}"
+    ));
 }
 
 fn told(done: &[Planned]) -> String {
