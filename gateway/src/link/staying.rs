@@ -81,6 +81,17 @@ pub(super) fn allow() {
     THREAD.set(Some(Thread::default()));
 }
 
+/// What a thread is to call that one which stays may have started: it would stay there for good.
+pub(super) fn not_with_its_parent() -> impl Fn() + Send + Sync + 'static {
+    let allowed = sched_getaffinity(None);
+    move || {
+        if let Ok(allowed) = &allowed {
+            // Refused as its parent is, which then does not stay.
+            let _ = sched_setaffinity(None, allowed);
+        }
+    }
+}
+
 impl Thread {
     fn heed(&mut self, large: bool, now: Instant) {
         if self.refused {

@@ -87,7 +87,11 @@ impl LaneThreads {
 
 impl LaneThread {
     fn start(number: usize, may_stay: bool) -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let mut builder = Builder::new_current_thread();
+        if may_stay {
+            builder.on_thread_start(staying::not_with_its_parent());
+        }
+        let runtime = builder.enable_all().build()?;
         let (handle, end) = (runtime.handle().clone(), CancellationToken::new());
         let ended = end.clone();
         let thread = std::thread::Builder::new().name(format!("lane-{number}"));
@@ -110,6 +114,7 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::{Duration, Instant};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::oneshot;
 
@@ -181,6 +186,23 @@ mod tests {
             let polls = polls_until_heard(&threads).await;
             assert!(polls <= 4, "polls={polls}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_blocks_does_not_stay_with_its_thread() {
+        use rustix::thread::sched_getaffinity;
+        let threads = LaneThreads::new(true);
+        let processors = || sched_getaffinity(None).expect("is told").count();
+        let link = async move {
+            let mut share = staying::Share::new(Default::default());
+            let start = Instant::now();
+            for waited in [0, 1000] {
+                share.heed(1, 0, start + Duration::from_millis(waited));
+            }
+            (processors(), tokio::task::spawn_blocking(processors).await.expect("does not panic"))
+        };
+        let (here, blocking) = threads.run(link).await.expect("does not panic");
+        assert_eq!((here, blocking), (1, processors()));
     }
 
     #[tokio::test]
