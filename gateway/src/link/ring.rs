@@ -93,8 +93,6 @@ pub(super) struct RingLink {
     waiting: Option<(BlockRequest, SharedData, BoxFuture<'static, Permit>)>,
     /// What nebd is told of the thread.
     share: Share,
-    /// Most data of a request that was taken in this turn, bytes.
-    largest: u32,
     /// Used again in each turn.
     pieces: Vec<Piece>,
     ended: Vec<Ended>,
@@ -132,7 +130,6 @@ impl RingLink {
             requests: Requests::default(),
             waiting: None,
             share: Share::new(links.metrics.links_staying.clone()),
-            largest: 0,
             pieces: Vec::new(),
             ended: Vec::new(),
             session: Arc::clone(session),
@@ -174,6 +171,8 @@ impl RingLink {
             Err(ending) => ending,
         };
         hear_no_more(&mut membership);
+        // What ends late is nothing to stay for.
+        let _ = self.share.heed(0, Instant::now());
         let detached = matches!(ending, Ending::Detached);
         if let Ending::Frozen(freeze) = ending {
             self.freeze(freeze).await;
@@ -224,10 +223,9 @@ impl RingLink {
         }
         let since = Instant::now();
         for _ in 0..TURNS_MAX {
-            self.largest = 0;
             let taken = self.take(cx)?;
             if taken {
-                self.tell_processor(self.largest, since);
+                self.tell_processor(since);
             }
             let moved = self.collect(cx)? || taken;
             if let Some(ending) = self.over.take() {
@@ -238,7 +236,7 @@ impl RingLink {
                 return Err(error.into());
             }
             if moved {
-                self.tell_processor(0, since);
+                self.tell_processor(since);
             }
             if moved || (self.waiting.is_none() && !self.ring.sleep()?) {
                 if since.elapsed() > TURNS_TIME {
@@ -256,8 +254,8 @@ impl RingLink {
     }
 
     /// Tells nebd where the thread stays, as that follows from what is under way.
-    fn tell_processor(&mut self, bytes: u32, now: Instant) {
-        if let Some(processor) = self.share.heed(self.requests.len(), bytes, now) {
+    fn tell_processor(&mut self, now: Instant) {
+        if let Some(processor) = self.share.heed(self.requests.weight(), now) {
             self.ring.tell_processor(processor);
         }
     }
@@ -305,7 +303,6 @@ impl RingLink {
             let data = SharedData::new(&self.regions, &self.pieces)?;
             let bytes = super::data_of(&request);
             bytes_taken += u64::from(bytes);
-            self.largest = self.largest.max(bytes);
             match self.session.admission.try_acquire(bytes) {
                 Some(permit) => self.start(request, data, permit, now),
                 None => {
@@ -399,6 +396,8 @@ impl RingLink {
 
     /// Lets what runs end, withdraws the rest, gives the link away.
     async fn freeze(mut self, freeze: Freeze) {
+        // Who goes on with it may not know that nebd was told a processor.
+        self.ring.tell_processor(None);
         let stopped = Instant::now();
         let fenced = self.session.engine.traits().epoch.get() != 0;
         let drained = poll_fn(|cx| self.poll_drain(cx));

@@ -4,7 +4,7 @@
 //! Used by [`link`](super). Must not know: what a link does. `bounded`: as many threads as processors, each started when a link
 //! needs it.
 
-use super::staying;
+use super::staying::{self, Taken};
 use std::future::Future;
 use std::io;
 use std::pin::pin;
@@ -18,8 +18,9 @@ use tracing::warn;
 /// The threads of a gateway. They end when it is dropped.
 pub(crate) struct LaneThreads {
     threads: Mutex<Vec<LaneThread>>,
-    /// They may [stay](staying) on their processors.
+    /// They may [stay](staying) on their processors, one on each.
     may_stay: bool,
+    taken: Taken,
 }
 
 struct LaneThread {
@@ -42,7 +43,7 @@ pub(super) fn let_others(cx: &mut Context<'_>) {
 impl LaneThreads {
     /// None yet; those to come may stay on their processors if `may_stay`.
     pub(crate) fn new(may_stay: bool) -> Self {
-        Self { threads: Mutex::default(), may_stay }
+        Self { threads: Mutex::default(), may_stay, taken: Taken::default() }
     }
 
     /// Runs a link's future on the thread that has the fewest; here if there is none to be had. `None` if it panicked.
@@ -72,7 +73,7 @@ impl LaneThreads {
         let load = |thread: &LaneThread| thread.links.load(Ordering::Relaxed);
         let all_busy = threads.iter().all(|thread| load(thread) > 0);
         if all_busy && threads.len() < most {
-            match LaneThread::start(threads.len(), self.may_stay) {
+            match LaneThread::start(threads.len(), self.may_stay.then(|| self.taken.clone())) {
                 Ok(thread) => threads.push(thread),
                 Err(error) if threads.is_empty() => return Err(error),
                 Err(error) => warn!(%error, threads = threads.len(), "no further thread for links"),
@@ -86,9 +87,9 @@ impl LaneThreads {
 }
 
 impl LaneThread {
-    fn start(number: usize, may_stay: bool) -> io::Result<Self> {
+    fn start(number: usize, may_stay: Option<Taken>) -> io::Result<Self> {
         let mut builder = Builder::new_current_thread();
-        if may_stay {
+        if may_stay.is_some() {
             builder.on_thread_start(staying::not_with_its_parent());
         }
         let runtime = builder.enable_all().build()?;
@@ -96,8 +97,8 @@ impl LaneThread {
         let ended = end.clone();
         let thread = std::thread::Builder::new().name(format!("lane-{number}"));
         thread.spawn(move || {
-            if may_stay {
-                staying::allow();
+            if let Some(taken) = may_stay {
+                staying::allow(taken);
             }
             runtime.block_on(ended.cancelled());
         })?;
@@ -196,8 +197,8 @@ mod tests {
         let link = async move {
             let mut share = staying::Share::new(Default::default());
             let start = Instant::now();
-            for waited in [0, 1000] {
-                share.heed(1, 0, start + Duration::from_millis(waited));
+            for waited in [0, 100] {
+                share.heed(1, start + Duration::from_millis(waited));
             }
             (processors(), tokio::task::spawn_blocking(processors).await.expect("does not panic"))
         };

@@ -12,8 +12,8 @@ use tracing::info;
 pub struct Beside {
     /// What the gateway said last.
     told: Option<u32>,
-    /// Where this thread may run when it is not beside the gateway's.
-    elsewhere: Option<CpuSet>,
+    /// Where this thread is beside the gateway's, and where it may run otherwise.
+    elsewhere: Option<(usize, CpuSet)>,
     /// The kernel does not let it.
     refused: bool,
 }
@@ -37,8 +37,12 @@ impl Beside {
     }
 
     fn go(&mut self, processor: Option<u32>) -> rustix::io::Result<()> {
-        if let Some(elsewhere) = self.elsewhere.take() {
-            sched_setaffinity(None, &elsewhere)?;
+        if let Some((there, elsewhere)) = self.elsewhere {
+            // Whoever gave the thread other processors meanwhile is obeyed.
+            if sched_getaffinity(None)? == only(there) {
+                sched_setaffinity(None, &elsewhere)?;
+            }
+            self.elsewhere = None;
         }
         let Some(processor) =
             processor.map(|number| number as usize).filter(|number| *number < CpuSet::MAX_CPU)
@@ -47,13 +51,17 @@ impl Beside {
         };
         let allowed = sched_getaffinity(None)?;
         if allowed.is_set(processor) {
-            let mut only = CpuSet::new();
-            only.set(processor);
-            sched_setaffinity(None, &only)?;
-            self.elsewhere = Some(allowed);
+            sched_setaffinity(None, &only(processor))?;
+            self.elsewhere = Some((processor, allowed));
         }
         Ok(())
     }
+}
+
+fn only(processor: usize) -> CpuSet {
+    let mut only = CpuSet::new();
+    only.set(processor);
+    only
 }
 
 #[cfg(test)]

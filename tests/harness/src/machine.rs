@@ -203,7 +203,7 @@ impl Machine {
     }
 
     /// Takes memory away from the main process of a service until the kernel kills it for want of memory, which happens when it
-    /// next wants some. Where systemd rules memory by its own groups that is the service's, and its next process has enough again.
+    /// next wants some. Where systemd rules memory by its own groups that is the service's, whose next process may be killed, too.
     ///
     /// # Errors
     /// If the kernel has no control group for memory, or the process lives on.

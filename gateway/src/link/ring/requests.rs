@@ -5,7 +5,8 @@
 use crate::admission::Permit;
 use crate::buffer::BufferPool;
 use crate::engine::EngineAnswer;
-use crate::link::fitting;
+use crate::link::staying::weight;
+use crate::link::{data_of, fitting};
 use crate::session::Session;
 use crate::shared::SharedData;
 use bytes::Bytes;
@@ -29,11 +30,14 @@ pub(super) struct Requests {
     places: Vec<Option<Ongoing>>,
     free: Vec<u32>,
     len: usize,
+    /// Their data.
+    bytes: u64,
 }
 
 impl Requests {
     pub(super) fn insert(&mut self, ongoing: Ongoing) -> u32 {
         self.len += 1;
+        self.bytes += u64::from(data_of(&ongoing.request));
         match self.free.pop() {
             Some(ticket) => {
                 self.places[ticket as usize] = Some(ongoing);
@@ -51,11 +55,13 @@ impl Requests {
         let ongoing = self.places.get_mut(ticket as usize)?.take()?;
         self.free.push(ticket);
         self.len -= 1;
+        self.bytes -= u64::from(data_of(&ongoing.request));
         Some(ongoing)
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.len
+    /// What they weigh for the thread ([`staying`](crate::link::staying)).
+    pub(super) fn weight(&self) -> usize {
+        weight(self.len, self.bytes)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -64,7 +70,7 @@ impl Requests {
 
     /// Takes all of them out.
     pub(super) fn drain(&mut self) -> impl Iterator<Item = Ongoing> {
-        self.len = 0;
+        (self.len, self.bytes) = (0, 0);
         self.free.clear();
         std::mem::take(&mut self.places).into_iter().flatten()
     }

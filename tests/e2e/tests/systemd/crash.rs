@@ -56,7 +56,7 @@ fn a_gateway_that_runs_out_of_memory_is_a_pause() -> anyhow::Result<()> {
         load.wait_for_beats(BEATS)?;
         load.finish()?;
     }
-    ensure!(machine.property(GATEWAY, "NRestarts")? == "1", "{}", machine.journal(GATEWAY)?);
+    ensure!(machine.property(GATEWAY, "NRestarts")? != "0", "{}", machine.journal(GATEWAY)?);
     ensure!(host::main_pid(&machine, NEBD)? == nebd, "the gateway's end must not touch nebd");
     machine.finish();
     Ok(())

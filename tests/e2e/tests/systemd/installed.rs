@@ -64,6 +64,8 @@ fn the_units_are_right_and_confined() -> anyhow::Result<()> {
         let level: f64 = overall.1.split_whitespace().nth(1).context("a level")?.parse()?;
         ensure!(level < EXPOSURE_MAX, "{said}");
     }
+    // A new gateway that is killed for want of memory must not take the old one with it.
+    ensure!(machine.property(GATEWAY, "OOMPolicy")? == "continue");
     for unit in [GATEWAY, NEBD] {
         let allowed = machine.property(unit, "SystemCallFilter")?;
         ensure!(
