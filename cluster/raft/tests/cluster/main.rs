@@ -202,11 +202,12 @@ fn proposals_that_would_overfill_the_log_wait() {
     leader(&[&node]);
     let value = "x".repeat(4 << 10);
     let all: Vec<_> = (0..256).map(|register| (node.group.clone(), command(register, &value))).collect();
-    // A disk that takes its time refuses some: they are certainly not logged.
+    // A disk that takes its time refuses some, but only after they have waited: they are certainly not logged.
     let all = all.into_iter().map(|(group, command)| async move {
         loop {
+            let begun = Instant::now();
             match group.propose(command.clone()).await {
-                Err(ProposeError::Overloaded) => {}
+                Err(ProposeError::Overloaded) => assert!(begun.elapsed() >= Duration::from_secs(2)),
                 answer => return answer,
             }
         }
