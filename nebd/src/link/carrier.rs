@@ -147,9 +147,9 @@ impl Carrier {
     }
 
     /// Where the gateway's thread stays.
-    pub fn gateway_processor(&self) -> Option<u32> {
-        match &self.means {
-            Means::Ring(ring) => ring.gateway_processor(),
+    pub fn gateway_processor(&mut self) -> Option<u32> {
+        match &mut self.means {
+            Means::Ring(ring) => ring.link().ring.gateway_processor(),
             Means::None | Means::Socket(_) => None,
         }
     }

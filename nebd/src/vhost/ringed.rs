@@ -55,11 +55,6 @@ impl RingStream {
         Ok(Self { link, known: Vec::new(), next_number: 0, notices: Vec::new(), pieces: Vec::new() })
     }
 
-    /// [`NebdRing::gateway_processor`].
-    pub fn gateway_processor(&self) -> Option<u32> {
-        self.link.ring.gateway_processor()
-    }
-
     /// The ring and its frames.
     pub fn link(&mut self) -> &mut LinkRing {
         &mut self.link

@@ -145,9 +145,9 @@ impl Carrier {
     }
 
     /// Where the gateway's thread stays.
-    fn gateway_processor(&self) -> Option<u32> {
+    fn gateway_processor(&mut self) -> Option<u32> {
         match self {
-            Self::Ring(ring) => ring.gateway_processor(),
+            Self::Ring(ring) => ring.link().ring.gateway_processor(),
             Self::None | Self::Socket(_) => None,
         }
     }
