@@ -51,13 +51,6 @@ impl Carrier {
         *self = Self::default();
     }
 
-    /// The ring's bell was rung.
-    pub fn hear_bell(&mut self) {
-        if let Means::Ring(ring) = &mut self.means {
-            ring.link().hear_bell();
-        }
-    }
-
     /// Whether the gateway maps our memory.
     pub fn is_shared(&self) -> bool {
         matches!(self.means, Means::Ring(_))

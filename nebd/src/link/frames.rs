@@ -49,11 +49,6 @@ impl LinkRing {
         poller.remove(self.ring.bell());
     }
 
-    /// The bell was rung: it is silenced before completions are looked for.
-    pub fn hear_bell(&self) {
-        self.ring.silence();
-    }
-
     /// How often the gateway had to be woken since the last time.
     pub fn new_bells(&mut self) -> u64 {
         let bells = self.ring.bells();

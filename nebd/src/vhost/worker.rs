@@ -229,7 +229,8 @@ impl Worker {
                 match *token {
                     ORDERS => self.obey_all(),
                     LINK => self.link_ready()?,
-                    BELL => self.hear_bell(),
+                    // Completions are looked for in every turn.
+                    BELL => {}
                     queue => self.kicked((queue - QUEUES) as u16, *flags),
                 }
             }
@@ -260,13 +261,6 @@ impl Worker {
             std::hint::spin_loop();
         }
         false
-    }
-
-    /// Completions are looked for in every turn.
-    fn hear_bell(&mut self) {
-        if let Carrier::Ring(ring) = &mut self.carrier {
-            ring.link().hear_bell();
-        }
     }
 
     fn timeout(&self) -> Option<Duration> {

@@ -5,7 +5,7 @@
 //!
 //! `guest_cannot_crash_us`: the gateway's bell is an eventfd, which the gateway only watches for edges: it neither reads nor
 //! writes what nebd can fill or set to block. nebd's bell is a pair of sockets: the gateway sends to one of them, and each such
-//! call says itself that it must not wait, whatever nebd does to the descriptor. The gateway does not read a socket of nebd's:
+//! call says itself that it must not wait, whatever nebd does to the descriptor; nebd watches it for edges too. The gateway does not read a socket of nebd's:
 //! a reader in nebd could hold the lock of the kernel that a second one waits for.
 
 use super::{Cells, GatewayEnd, NebdEnd, Piece, Places, Position, RingAnswer};
@@ -70,8 +70,9 @@ impl Cells for MappedCells {
 
 /// What a ring of nebd's bell sends.
 const RUNG: u8 = b'!';
-/// Rings that are taken from nebd's bell at once; the gateway rings it once for each time that nebd goes to sleep.
-const RINGS_MAX: usize = 64;
+/// So often nebd goes to sleep before it takes what was sent: the gateway rings at most once for each time, and a socket has room
+/// for several times as much.
+const SLEEPS_UNTIL_TAKEN: usize = 64;
 
 /// nebd's end.
 #[derive(Debug)]
@@ -79,6 +80,8 @@ pub struct NebdRing {
     end: NebdEnd<MappedCells>,
     to_gateway: OwnedFd,
     bell: OwnedFd,
+    /// How often nebd went to sleep since it last took what the gateway sent.
+    sleeps: usize,
     bells: u64,
     processor: Option<u32>,
 }
@@ -101,18 +104,12 @@ impl NebdRing {
             to_nebd,
         };
         let end = NebdEnd::new(MappedCells(memory), Places::REAL);
-        Ok((Self { end, to_gateway, bell, bells: 0, processor: None }, fds))
+        Ok((Self { end, to_gateway, bell, sleeps: 0, bells: 0, processor: None }, fds))
     }
 
-    /// Readable after the gateway has rung, until it is [silenced](Self::silence).
+    /// The gateway has sent to it when it has rung: to be watched for edges, because it is rarely emptied.
     pub fn bell(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
-    }
-
-    /// Makes the bell unreadable again: whoever was woken by it calls this before it looks at the ring.
-    pub fn silence(&self) {
-        // EAGAIN: it was not rung.
-        let _ = rustix::net::recv(&self.bell, &mut [0; RINGS_MAX], RecvFlags::DONTWAIT);
     }
 
     /// How often the gateway had to be woken.
@@ -172,11 +169,17 @@ impl NebdRing {
         self.end.look()
     }
 
-    /// [`NebdEnd::sleep`].
+    /// [`NebdEnd::sleep`], before which the bell is emptied now and then.
     ///
     /// # Errors
     /// As there.
     pub fn sleep(&mut self) -> Result<bool, LinkError> {
+        if self.sleeps == SLEEPS_UNTIL_TAKEN {
+            self.sleeps = 0;
+            // EAGAIN: it was not rung.
+            let _ = rustix::net::recv(&self.bell, &mut [0; SLEEPS_UNTIL_TAKEN], RecvFlags::DONTWAIT);
+        }
+        self.sleeps += 1;
         self.end.sleep()
     }
 
