@@ -13,7 +13,7 @@ mod requests;
 use super::bell::Bell;
 use super::control::{Control, Said};
 use super::hello::Facts;
-use super::staying::Share;
+use super::staying::{Moment, Share};
 use super::{
     Breach, Ending, Links, Signal, WindsUp, hear_no_more, next_signal, predecessors_ended, threads, wind_up,
 };
@@ -172,7 +172,7 @@ impl RingLink {
         };
         hear_no_more(&mut membership);
         // What ends late is nothing to stay for.
-        let _ = self.share.heed(0, Instant::now());
+        let _ = self.share.heed(Moment::Ended, 0, Instant::now());
         let detached = matches!(ending, Ending::Detached);
         if let Ending::Frozen(freeze) = ending {
             self.freeze(freeze).await;
@@ -225,9 +225,10 @@ impl RingLink {
         for _ in 0..TURNS_MAX {
             let taken = self.take(cx)?;
             if taken {
-                self.tell_processor(since);
+                self.tell_processor(Moment::Taken, since);
             }
-            let moved = self.collect(cx)? || taken;
+            let ended = self.collect(cx)?;
+            let moved = ended || taken;
             if let Some(ending) = self.over.take() {
                 return Ok(Poll::Ready(ending));
             }
@@ -235,8 +236,8 @@ impl RingLink {
             if let Poll::Ready(Err(error)) = self.control.poll_flush(cx) {
                 return Err(error.into());
             }
-            if moved {
-                self.tell_processor(since);
+            if ended {
+                self.tell_processor(Moment::Ended, since);
             }
             if moved || (self.waiting.is_none() && !self.ring.sleep()?) {
                 if since.elapsed() > TURNS_TIME {
@@ -254,8 +255,8 @@ impl RingLink {
     }
 
     /// Tells nebd where the thread stays, as that follows from what is under way.
-    fn tell_processor(&mut self, now: Instant) {
-        if let Some(processor) = self.share.heed(self.requests.weight(), now) {
+    fn tell_processor(&mut self, moment: Moment, now: Instant) {
+        if let Some(processor) = self.share.heed(moment, self.requests.weight(), now) {
             self.ring.tell_processor(processor);
         }
     }

@@ -33,6 +33,16 @@ pub(super) fn weight(requests: usize, bytes: u64) -> usize {
     requests.max((bytes / WEIGHT_BYTES) as usize)
 }
 
+/// What has just changed what is under way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Moment {
+    /// Requests were taken.
+    Taken,
+    /// Requests ended: a stay begins now only. What the disk has ended woke the thread, and the scheduler takes a thread towards
+    /// the processor that wakes it: on this one the next request's end needs to wake no other.
+    Ended,
+}
+
 /// When a thread stays. Pure.
 #[derive(Debug, Default)]
 struct Stay {
@@ -48,7 +58,7 @@ enum Change {
 
 impl Stay {
     /// The thread has so much under way.
-    fn heed(&mut self, weight: usize, now: Instant) -> Option<Change> {
+    fn heed(&mut self, moment: Moment, weight: usize, now: Instant) -> Option<Change> {
         if let Some(since) = self.since {
             if weight <= MANY && now.saturating_duration_since(since) < LONGEST {
                 return None;
@@ -66,7 +76,7 @@ impl Stay {
             // Nothing was asked for meanwhile.
             self.calm = Some(now);
         }
-        if lasted < CALM || lasted >= LONGEST {
+        if moment == Moment::Taken || lasted < CALM || lasted >= LONGEST {
             return None;
         }
         self.since = Some(now);
@@ -162,11 +172,11 @@ pub(super) fn not_with_its_parent() -> impl Fn() + Send + Sync + 'static {
 }
 
 impl Thread {
-    fn heed(&mut self, now: Instant) {
+    fn heed(&mut self, moment: Moment, now: Instant) {
         if self.refused {
             return;
         }
-        match self.stay.heed(self.weight, now) {
+        match self.stay.heed(moment, self.weight, now) {
             None => {}
             Some(Change::End) => self.place = None,
             Some(Change::Begin) => match Place::take(&self.taken) {
@@ -222,12 +232,12 @@ impl Share {
 
     /// The link has so much under way ([`weight`]). Answers what nebd is to be told, if it is something new: the processor on
     /// which the thread stays, or that it does not.
-    pub(super) fn heed(&mut self, weight: usize, now: Instant) -> Option<Option<u32>> {
+    pub(super) fn heed(&mut self, moment: Moment, weight: usize, now: Instant) -> Option<Option<u32>> {
         let before = std::mem::replace(&mut self.weight, weight);
         let processor = THREAD.with_borrow_mut(|thread| {
             let thread = thread.as_mut()?;
             thread.weight = (thread.weight + weight).saturating_sub(before);
-            thread.heed(now);
+            thread.heed(moment, now);
             thread.processor()
         });
         if processor == self.told {
@@ -269,21 +279,26 @@ mod tests {
     #[test]
     fn a_stay_begins_when_it_is_calm_and_ends_when_it_is_not_or_after_a_while() {
         let (mut stay, start) = (Stay::default(), Instant::now());
-        assert_eq!(stay.heed(1, start), None, "not yet");
-        assert_eq!(stay.heed(FEW + 1, start + ms(1)), None, "not calm");
-        assert_eq!(stay.heed(FEW, start + ms(2)), None, "calm anew");
-        assert_eq!(stay.heed(0, start + ms(3)), None);
-        assert_eq!(stay.heed(1, start + ms(4)), Some(Change::Begin));
-        assert_eq!(stay.heed(MANY, start + ms(5)), None, "a few more do not end it");
-        assert_eq!(stay.heed(MANY + 1, start + ms(6)), Some(Change::End));
-        assert_eq!(stay.heed(MANY + 1, start + ms(60)), None);
-        assert_eq!(stay.heed(1, start + ms(70)), None);
+        assert_eq!(stay.heed(Moment::Ended, 1, start), None, "not yet");
+        assert_eq!(stay.heed(Moment::Ended, FEW + 1, start + ms(1)), None, "not calm");
+        assert_eq!(stay.heed(Moment::Ended, FEW, start + ms(2)), None, "calm anew");
+        assert_eq!(stay.heed(Moment::Ended, 0, start + ms(3)), None);
+        assert_eq!(stay.heed(Moment::Taken, 1, start + ms(4)), None, "where nebd has woken it");
+        assert_eq!(stay.heed(Moment::Ended, 0, start + ms(4)), Some(Change::Begin));
+        assert_eq!(stay.heed(Moment::Ended, MANY, start + ms(5)), None, "a few more do not end it");
+        assert_eq!(stay.heed(Moment::Ended, MANY + 1, start + ms(6)), Some(Change::End));
+        assert_eq!(stay.heed(Moment::Ended, MANY + 1, start + ms(60)), None);
+        assert_eq!(stay.heed(Moment::Ended, 1, start + ms(70)), None);
         let begun = start + ms(72);
-        assert_eq!(stay.heed(1, begun), Some(Change::Begin));
-        assert_eq!(stay.heed(1, begun + LONGEST - ms(1)), None);
-        assert_eq!(stay.heed(1, begun + LONGEST), Some(Change::End), "the scheduler has its turn");
-        assert_eq!(stay.heed(1, begun + LONGEST), None);
-        assert_eq!(stay.heed(1, begun + LONGEST + CALM), Some(Change::Begin));
+        assert_eq!(stay.heed(Moment::Ended, 1, begun), Some(Change::Begin));
+        assert_eq!(stay.heed(Moment::Ended, 1, begun + LONGEST - ms(1)), None);
+        assert_eq!(
+            stay.heed(Moment::Ended, 1, begun + LONGEST),
+            Some(Change::End),
+            "the scheduler has its turn"
+        );
+        assert_eq!(stay.heed(Moment::Ended, 1, begun + LONGEST), None);
+        assert_eq!(stay.heed(Moment::Ended, 1, begun + LONGEST + CALM), Some(Change::Begin));
     }
 
     #[test]
@@ -292,15 +307,15 @@ mod tests {
         let large = weight(1, 128 << 10);
         assert!(large > MANY && weight(1, 4096) == 1 && weight(3, 4096) == 3 && weight(0, 0) == 0);
         for _ in 0..10 {
-            assert_eq!(stay.heed(large, now), None);
+            assert_eq!(stay.heed(Moment::Ended, large, now), None);
             now += ms(5);
-            assert_eq!(stay.heed(0, now), None, "it was under way until now");
+            assert_eq!(stay.heed(Moment::Ended, 0, now), None, "it was under way until now");
             now += ms(1);
         }
         for _ in 0..10 {
             now += LONGEST;
-            assert_eq!(stay.heed(1, now), None);
-            assert_eq!(stay.heed(0, now + ms(1)), None);
+            assert_eq!(stay.heed(Moment::Ended, 1, now), None);
+            assert_eq!(stay.heed(Moment::Ended, 0, now + ms(1)), None);
         }
     }
 
@@ -317,25 +332,37 @@ mod tests {
             move || {
                 let start = Instant::now();
                 let mut elsewhere = Share::new(staying.clone());
-                assert_eq!(elsewhere.heed(1, start), None);
-                assert_eq!(elsewhere.heed(1, start + CALM), None, "only threads that are allowed to stay do");
+                assert_eq!(elsewhere.heed(Moment::Ended, 1, start), None);
+                assert_eq!(
+                    elsewhere.heed(Moment::Ended, 1, start + CALM),
+                    None,
+                    "only threads that are allowed to stay do"
+                );
                 drop(elsewhere);
                 allow(Taken::default());
                 let (mut one, mut other) = (Share::new(staying.clone()), Share::new(staying.clone()));
-                assert_eq!(one.heed(1, start), None);
-                let told = one.heed(1, start + CALM).expect("something new");
+                assert_eq!(one.heed(Moment::Ended, 1, start), None);
+                let told = one.heed(Moment::Ended, 1, start + CALM).expect("something new");
                 assert_eq!(told, Some(sched_getcpu() as u32), "where it is");
                 assert_eq!(processors().count(), 1);
-                assert_eq!(other.heed(1, start + CALM), Some(told), "the other's nebd is told too");
+                assert_eq!(
+                    other.heed(Moment::Ended, 1, start + CALM),
+                    Some(told),
+                    "the other's nebd is told too"
+                );
                 assert_eq!(staying.get(), 2);
-                assert_eq!(other.heed(MANY, start + CALM), Some(None), "together they have many");
+                assert_eq!(
+                    other.heed(Moment::Ended, MANY, start + CALM),
+                    Some(None),
+                    "together they have many"
+                );
                 assert_eq!(processors(), own);
-                assert_eq!(one.heed(1, start + CALM), Some(None));
+                assert_eq!(one.heed(Moment::Ended, 1, start + CALM), Some(None));
                 assert_eq!(staying.get(), 0);
                 drop(other);
-                assert_eq!(one.heed(1, start + CALM), None);
+                assert_eq!(one.heed(Moment::Ended, 1, start + CALM), None);
                 assert!(
-                    one.heed(1, start + CALM * 2).is_some(),
+                    one.heed(Moment::Ended, 1, start + CALM * 2).is_some(),
                     "what a link had that is gone does not count"
                 );
                 assert_eq!(processors().count(), 1);

@@ -198,7 +198,7 @@ mod tests {
             let mut share = staying::Share::new(Default::default());
             let start = Instant::now();
             for waited in [0, 100] {
-                share.heed(1, start + Duration::from_millis(waited));
+                share.heed(staying::Moment::Ended, 1, start + Duration::from_millis(waited));
             }
             (processors(), tokio::task::spawn_blocking(processors).await.expect("does not panic"))
         };
