@@ -1,4 +1,4 @@
-//! epoll, level-triggered. Called by the threads that own one, and by the link. Must not know: what is watched.
+//! epoll. Called by the threads that own one, and by the link. Must not know: what is watched.
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};

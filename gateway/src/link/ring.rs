@@ -172,7 +172,7 @@ impl RingLink {
         };
         hear_no_more(&mut membership);
         // What ends late is nothing to stay for.
-        let _ = self.share.heed(Moment::Ended, 0, Instant::now());
+        let _ = self.share.heed(Moment::Taken, 0, Instant::now());
         let detached = matches!(ending, Ending::Detached);
         if let Ending::Frozen(freeze) = ending {
             self.freeze(freeze).await;

@@ -24,7 +24,7 @@ const MANY: usize = 4;
 const WEIGHT_BYTES: u64 = 16 << 10;
 /// For so long there is no more than [`FEW`] before it begins: many times what its beginning and end cost.
 const CALM: Duration = Duration::from_millis(2);
-/// A stay ends with the first request after this time. Requests further apart begin none.
+/// A stay ends with the first request after this time. Quick requests further apart begin none.
 const LONGEST: Duration = Duration::from_secs(1);
 
 /// What a link has under way, as far as two processors would help: `requests`, with `bytes` of data.
@@ -38,8 +38,8 @@ pub(super) fn weight(requests: usize, bytes: u64) -> usize {
 pub(super) enum Moment {
     /// Requests were taken.
     Taken,
-    /// Requests ended: a stay begins now only. What the disk has ended woke the thread, and the scheduler takes a thread towards
-    /// the processor that wakes it: on this one the next request's end needs to wake no other.
+    /// Requests ended. A stay begins only now: a disk that wakes the thread draws it to the processor of its interrupt, where it
+    /// wakes no second one. What ends in the turn that took it counts too.
     Ended,
 }
 
@@ -280,24 +280,24 @@ mod tests {
     fn a_stay_begins_when_it_is_calm_and_ends_when_it_is_not_or_after_a_while() {
         let (mut stay, start) = (Stay::default(), Instant::now());
         assert_eq!(stay.heed(Moment::Ended, 1, start), None, "not yet");
-        assert_eq!(stay.heed(Moment::Ended, FEW + 1, start + ms(1)), None, "not calm");
+        assert_eq!(stay.heed(Moment::Taken, FEW + 1, start + ms(1)), None, "not calm");
         assert_eq!(stay.heed(Moment::Ended, FEW, start + ms(2)), None, "calm anew");
         assert_eq!(stay.heed(Moment::Ended, 0, start + ms(3)), None);
         assert_eq!(stay.heed(Moment::Taken, 1, start + ms(4)), None, "where nebd has woken it");
         assert_eq!(stay.heed(Moment::Ended, 0, start + ms(4)), Some(Change::Begin));
-        assert_eq!(stay.heed(Moment::Ended, MANY, start + ms(5)), None, "a few more do not end it");
-        assert_eq!(stay.heed(Moment::Ended, MANY + 1, start + ms(6)), Some(Change::End));
+        assert_eq!(stay.heed(Moment::Taken, MANY, start + ms(5)), None, "a few more do not end it");
+        assert_eq!(stay.heed(Moment::Taken, MANY + 1, start + ms(6)), Some(Change::End));
         assert_eq!(stay.heed(Moment::Ended, MANY + 1, start + ms(60)), None);
         assert_eq!(stay.heed(Moment::Ended, 1, start + ms(70)), None);
         let begun = start + ms(72);
         assert_eq!(stay.heed(Moment::Ended, 1, begun), Some(Change::Begin));
         assert_eq!(stay.heed(Moment::Ended, 1, begun + LONGEST - ms(1)), None);
         assert_eq!(
-            stay.heed(Moment::Ended, 1, begun + LONGEST),
+            stay.heed(Moment::Taken, 1, begun + LONGEST),
             Some(Change::End),
             "the scheduler has its turn"
         );
-        assert_eq!(stay.heed(Moment::Ended, 1, begun + LONGEST), None);
+        assert_eq!(stay.heed(Moment::Taken, 1, begun + LONGEST), None);
         assert_eq!(stay.heed(Moment::Ended, 1, begun + LONGEST + CALM), Some(Change::Begin));
     }
 
@@ -307,14 +307,14 @@ mod tests {
         let large = weight(1, 128 << 10);
         assert!(large > MANY && weight(1, 4096) == 1 && weight(3, 4096) == 3 && weight(0, 0) == 0);
         for _ in 0..10 {
-            assert_eq!(stay.heed(Moment::Ended, large, now), None);
+            assert_eq!(stay.heed(Moment::Taken, large, now), None);
             now += ms(5);
             assert_eq!(stay.heed(Moment::Ended, 0, now), None, "it was under way until now");
             now += ms(1);
         }
         for _ in 0..10 {
             now += LONGEST;
-            assert_eq!(stay.heed(Moment::Ended, 1, now), None);
+            assert_eq!(stay.heed(Moment::Taken, 1, now), None);
             assert_eq!(stay.heed(Moment::Ended, 0, now + ms(1)), None);
         }
     }

@@ -39,7 +39,7 @@ impl LinkRing {
     /// # Errors
     /// Those of epoll_ctl.
     pub fn new(ring: Box<NebdRing>, left_over: Vec<u8>, poller: &Poller, token: u64) -> io::Result<Self> {
-        // Edge-triggered: the end of a gateway that is gone is told once.
+        // Edge-triggered: the bell is rarely emptied, and the end of a gateway that is gone is told once.
         poller.add(ring.bell(), token, EventFlags::IN | EventFlags::ET)?;
         Ok(Self { ring, partial: left_over, bells_told: 0, full: false })
     }

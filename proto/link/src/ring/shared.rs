@@ -5,8 +5,8 @@
 //!
 //! `guest_cannot_crash_us`: the gateway's bell is an eventfd, which the gateway only watches for edges: it neither reads nor
 //! writes what nebd can fill or set to block. nebd's bell is a pair of sockets: the gateway sends to one of them, and each such
-//! call says itself that it must not wait, whatever nebd does to the descriptor; nebd watches it for edges too. The gateway does not read a socket of nebd's:
-//! a reader in nebd could hold the lock of the kernel that a second one waits for.
+//! call says itself that it must not wait, whatever nebd does to the descriptor; nebd watches it for edges, too. The gateway does
+//! not read a socket of nebd's: a reader in nebd could hold the lock of the kernel that a second one waits for.
 
 use super::{Cells, GatewayEnd, NebdEnd, Piece, Places, Position, RingAnswer};
 use crate::error::LinkError;
@@ -70,9 +70,9 @@ impl Cells for MappedCells {
 
 /// What a ring of nebd's bell sends.
 const RUNG: u8 = b'!';
-/// So often nebd goes to sleep before it takes what was sent: the gateway rings at most once for each time, and a socket has room
-/// for several times as much.
-const SLEEPS_UNTIL_TAKEN: usize = 64;
+/// So often nebd goes to sleep before it empties its bell: the gateway rings at most once for each time, and the smallest socket
+/// that Linux makes has room for as many.
+const SLEEPS_UNTIL_EMPTIED: usize = 4;
 
 /// nebd's end.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ pub struct NebdRing {
     end: NebdEnd<MappedCells>,
     to_gateway: OwnedFd,
     bell: OwnedFd,
-    /// How often nebd went to sleep since it last took what the gateway sent.
+    /// How often nebd went to sleep since it last emptied its bell.
     sleeps: usize,
     bells: u64,
     processor: Option<u32>,
@@ -174,10 +174,10 @@ impl NebdRing {
     /// # Errors
     /// As there.
     pub fn sleep(&mut self) -> Result<bool, LinkError> {
-        if self.sleeps == SLEEPS_UNTIL_TAKEN {
+        if self.sleeps == SLEEPS_UNTIL_EMPTIED {
             self.sleeps = 0;
-            // EAGAIN: it was not rung.
-            let _ = rustix::net::recv(&self.bell, &mut [0; SLEEPS_UNTIL_TAKEN], RecvFlags::DONTWAIT);
+            // Before nebd says that it sleeps: a ring after that is an event. EAGAIN: it was not rung.
+            let _ = rustix::net::recv(&self.bell, &mut [0; SLEEPS_UNTIL_EMPTIED], RecvFlags::DONTWAIT);
         }
         self.sleeps += 1;
         self.end.sleep()
@@ -255,7 +255,7 @@ impl GatewayRing {
     pub fn publish(&mut self) {
         if self.end.publish() {
             self.bells += 1;
-            // EAGAIN: it was rung often enough. Another error is that of a nebd that is gone.
+            // EAGAIN: nebd has filled it itself. Another error is that of a nebd that is gone.
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             let _ = rustix::net::send(&self.to_nebd, &[RUNG], flags);
         }
