@@ -13,7 +13,7 @@ FUZZ_TOOLCHAIN ?= nightly
 FUZZ_TARGETS = nbd link ring wire wal virtqueue vhost_user inflight
 TOOLS = nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
 	qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-system-common \
-	mmdebstrap:mmdebstrap python3:python3 systemd-nspawn:systemd-container
+	mmdebstrap:mmdebstrap depmod:kmod mkfs.ext4:e2fsprogs python3:python3 systemd-nspawn:systemd-container
 
 DESTDIR ?=
 PREFIX ?= /usr
@@ -109,7 +109,7 @@ cargo:
 # Installs the foreign clients that are missing; without root says how. Twice if need be: packages of another source that
 # the new ones can not stand beside are removed by the first installation.
 tools:
-	@for round in 1 2 3; do \
+	@PATH=$$PATH:/usr/sbin:/sbin; for round in 1 2 3; do \
 		hash -r; missing=""; \
 		for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
 		missing=$$(echo $$missing | tr ' ' '\n' | sort -u | tr '\n' ' '); \
