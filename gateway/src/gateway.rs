@@ -11,7 +11,7 @@ use crate::metrics::Metrics;
 use crate::registry::{Registry, SessionLimits};
 use crate::service::{Admin, Service};
 use crate::upgrade::{
-    Course, HandOver, Launch, Outcome, Passing, Predecessor, Reopening, Sockets, stop_successor,
+    Course, Expendable, HandOver, Launch, Outcome, Passing, Predecessor, Reopening, Sockets, stop_successor,
 };
 use crate::watchdog;
 use anyhow::Context;
@@ -197,11 +197,13 @@ impl Gateway {
         predecessor: Predecessor,
         metrics: &mut prometheus_client::registry::Registry,
     ) -> anyhow::Result<(Self, Option<TcpListener>)> {
+        let expendable = Expendable::begin();
         let successor = predecessor.channel()?;
         config.check().map_err(anyhow::Error::msg)?;
         let parts = Parts::new(config, metrics);
         let (sockets, entering) = successor.prepare(&parts.config, &parts.registry).await?;
         // There is no way back from here.
+        drop(expendable);
         sockets.take_log();
         let Sockets { links, admin, metrics: page, .. } = sockets;
         let listener = Listener::adopt(&parts.config.link_socket, links)?;

@@ -4,7 +4,8 @@
 //! Called by the service (the old process) and by `main` (the new one). In the order in which an upgrade meets them: [`launch`]
 //! (which binary) → `child` (starts it) → `channel` and `message` (what they say) → `hand_over` (the old process) and
 //! `take_over` (the new one), `links` for both; `version` lists the versions of what is passed on. `reopening` goes on with the
-//! sessions of an upgrade that was given up; `course` is what a stop meets that comes in the middle.
+//! sessions of an upgrade that was given up; `course` is what a stop meets that comes in the middle,
+//! `expendable` what the kernel kills first.
 //!
 //! Proof: config, metadata server, versions. Preparation: the new one gets sockets and sessions, and opens every session anew,
 //! while the old one serves. Commit: session by session, the old one ends what runs, and the new one goes on. Links with a ring
@@ -20,6 +21,7 @@ pub mod launch;
 mod channel;
 mod child;
 mod course;
+mod expendable;
 mod hand_over;
 mod links;
 mod message;
@@ -30,6 +32,7 @@ mod tests;
 mod version;
 
 pub(crate) use course::{Course, Outcome, stop_successor};
+pub(crate) use expendable::Expendable;
 pub(crate) use hand_over::{HandOver, Passing, UpgradeError, Upgraded};
 pub use launch::Launch;
 pub(crate) use reopening::Reopening;

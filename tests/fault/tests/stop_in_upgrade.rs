@@ -2,7 +2,7 @@
 
 use anyhow::{Context, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use spline_fault::broken::build;
+use spline_fault::broken::{build, go_on, reached};
 use spline_fault::history::History;
 use spline_fault::workload::{BLOCKS, EXPORT_BYTES, RECOVERY_LIMIT, Workload};
 use spline_harness::{Rig, wait_until};
@@ -21,14 +21,13 @@ fn stopped_at(kind: u16, heard: &str) -> anyhow::Result<()> {
     let broken = Path::new(env!("CARGO_BIN_EXE_broken_gateway"));
     let binary = build(rig.dir(), broken, &format!("waits-at-{kind}"))?;
     let upgrading = rig.begin_upgrade(Some(&binary))?;
-    let reached = binary.with_extension("reached");
-    wait_until("the message", RECOVERY_LIMIT, || Ok(reached.exists().then_some(())))?;
+    reached(&binary)?;
     let id = rig.gateway().id().and_then(|id| i32::try_from(id).ok()).context("runs")?;
     kill_process(Pid::from_raw(id).context("runs")?, Signal::TERM)?;
     wait_until("the stop to be heard", RECOVERY_LIMIT, || {
         Ok(rig.gateway().log()?.contains(heard).then_some(()))
     })?;
-    std::fs::write(binary.with_extension("go"), "")?;
+    go_on(&binary)?;
     wait_until("the old gateway to end", RECOVERY_LIMIT, || {
         Ok((!rig.gateway_mut().is_running()?).then_some(()))
     })?;

@@ -1,7 +1,7 @@
 //! The metadata server goes away before or in the middle of an upgrade: the upgrade fails and says why, no client sees an error.
 
 use anyhow::{Context, ensure};
-use spline_fault::broken::build;
+use spline_fault::broken::{build, go_on, reached};
 use spline_fault::history::History;
 use spline_fault::workload::{BLOCKS, EXPORT_BYTES, RECOVERY_LIMIT, Workload};
 use spline_harness::{Export, Rig, wait_until};
@@ -59,9 +59,9 @@ fn in_doubt(rig: &mut Rig, export: &Export) -> anyhow::Result<Workload> {
     // 5: the first message after the proof.
     let binary = build(rig.dir(), Path::new(env!("CARGO_BIN_EXE_broken_gateway")), "waits-at-5")?;
     let upgrading = rig.begin_upgrade(Some(&binary))?;
-    wait_until("the proof", RECOVERY_LIMIT, || Ok(binary.with_extension("reached").exists().then_some(())))?;
+    reached(&binary)?;
     mds(rig)?.kill9()?;
-    std::fs::write(binary.with_extension("go"), "")?;
+    go_on(&binary)?;
     let said = refused(rig.end_upgrade(upgrading))?;
     ensure!(said.contains("phase=preparation"), "{said}");
     ensure!(rig.gateway_status()?["pid"].as_u64() == pid.map(u64::from), "the old one is there");

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, ensure};
 use spline_fault::block;
-use spline_fault::broken::build;
+use spline_fault::broken::{build, go_on, reached};
 use spline_fault::guest::GuestLoad;
 use spline_fault::history::History;
 use spline_fault::workload::{BLOCKS, EXPORT_BYTES, RECOVERY_LIMIT, Workload};
@@ -222,4 +222,26 @@ fn die_after_the_commit(mut rig: Rig) -> anyhow::Result<()> {
 fn a_new_build_that_dies_after_the_commit_is_a_crash() {
     die_after_the_commit(Rig::cluster().expect("cluster")).expect("cluster: nothing is lost");
     die_after_the_commit(Rig::file().expect("gateway")).expect("file: nothing is lost");
+}
+
+/// What the kernel is told of a process, should memory run out: the highest is killed first.
+fn killed_early(pid: u32) -> anyhow::Result<i32> {
+    Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse()?)
+}
+
+#[test]
+fn the_kernel_is_to_kill_the_new_process_until_it_serves() -> anyhow::Result<()> {
+    let mut rig = Rig::file()?;
+    rig.serve("disk", EXPORT_BYTES)?;
+    let old = rig.gateway().id().context("runs")?;
+    let usual = killed_early(old)?;
+    // It has prepared everything, and has its memory.
+    let binary = broken(&rig, "waits-at-9")?;
+    let upgrading = rig.begin_upgrade(Some(&binary))?;
+    let new = reached(&binary)?;
+    ensure!((killed_early(old)?, killed_early(new)?) == (usual, (usual + 200).min(1000)));
+    go_on(&binary)?;
+    rig.end_upgrade(upgrading)?;
+    ensure!(killed_early(new)? == usual, "it is as precious as the old one was");
+    Ok(())
 }

@@ -3,8 +3,8 @@
 //! Started by a gateway under test as the new process. It knows the first bytes of what two gateways say to each other, and no
 //! more: `<what>-at-<kind>` starts the real gateway, named in the file `<its own path>.real`, between which and the old one it
 //! passes everything on, until one of them says a message of that kind. Then it `dies`, `panics` two seconds later or `hangs`, each
-//! without the real one; or it `freezes` the old one (SIGSTOP), or `waits` until there is a file `<its own path>.go`, having made
-//! `<its own path>.reached`, and passes on what comes.
+//! without the real one; or it `freezes` the old one (SIGSTOP), or `waits` until there is a file `<its own path>.go`, having written
+//! the real one's process id to `<its own path>.reached`, and passes on what comes.
 
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -102,7 +102,7 @@ fn happen(what: &str, path: &str, new: &mut Child) -> anyhow::Result<()> {
     match what {
         "freezes" => kill_process(getppid().context("no parent")?, Signal::STOP)?,
         "waits" => {
-            std::fs::write(format!("{path}.reached"), "")?;
+            std::fs::write(format!("{path}.reached"), format!("{}\n", new.id()))?;
             while !Path::new(&format!("{path}.go")).exists() {
                 std::thread::sleep(LOOK_EVERY);
             }
