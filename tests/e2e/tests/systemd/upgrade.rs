@@ -28,6 +28,11 @@ pub(crate) fn links_opened(machine: &Machine) -> anyhow::Result<usize> {
     Ok(machine.journal(NEBD)?.matches(LINK_IS_UP).count())
 }
 
+/// What the kernel is told of a process, should memory run out. A container's may be another than the unit's.
+fn killed_early(machine: &Machine, pid: &str) -> anyhow::Result<String> {
+    machine.run("cat", &[&format!("/proc/{pid}/oom_score_adj")])
+}
+
 /// Reloads under both loads; they go on, and nothing is restarted.
 fn reload(machine: &Machine, loads: &mut [Load; 2]) -> anyhow::Result<()> {
     loads.iter_mut().try_for_each(|load| load.wait_for_beats(BEATS))?;
@@ -35,12 +40,17 @@ fn reload(machine: &Machine, loads: &mut [Load; 2]) -> anyhow::Result<()> {
         load.longest();
     }
     let before = host::main_pid(machine, GATEWAY)?;
+    let score = killed_early(machine, &before)?;
     let reloaded = machine.systemctl(&["reload", GATEWAY]);
     reloaded.with_context(|| machine.journal(GATEWAY).unwrap_or_default())?;
     host::wait_for_another(machine, GATEWAY, &before)?;
     loads.iter_mut().try_for_each(|load| load.wait_for_beats(BEATS))?;
     let running: u64 = host::main_pid(machine, GATEWAY)?.parse()?;
     ensure!(status(machine)?["pid"] == running, "systemd follows the process that serves");
+    ensure!(
+        killed_early(machine, &running.to_string())? == score,
+        "expendable no longer than until it served"
+    );
     Ok(())
 }
 
@@ -70,6 +80,8 @@ fn to_another_build_and_back_is_not_noticed() -> anyhow::Result<()> {
         load.finish()?;
     }
     ensure!(host::main_pid(&machine, NEBD)? == nebd, "an upgrade never restarts nebd");
+    let journal = machine.journal(GATEWAY)?;
+    ensure!(!journal.contains("oom_score_adj"), "the unit lets it be expendable:\n{journal}");
     machine.finish();
     // Not by a macro: the test harness would keep the table of a test that passes.
     let _ = write!(std::io::stderr(), "\n{stalls}");
