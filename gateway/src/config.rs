@@ -41,7 +41,7 @@ pub struct Config {
     pub id: String,
     /// Unix socket on which links are accepted.
     pub link_socket: PathBuf,
-    /// TCP address of the administration service (gRPC); empty: none.
+    /// TCP address of the administration service (gRPC); empty: none, and nobody can ask for an upgrade.
     #[serde(deserialize_with = "address_or_empty", serialize_with = "address_or_none")]
     pub admin_listen: Option<SocketAddr>,
     /// TCP address of the metrics page; empty: none.
@@ -58,8 +58,8 @@ pub struct Config {
     /// How long a shutdown waits for running requests.
     #[serde(with = "duration")]
     pub drain_limit: Duration,
-    /// How long the new process of an upgrade may take to show that it can serve, and again to make ready for it; then it is
-    /// killed, and nothing has changed.
+    /// How long the new process of an upgrade may take until it is ready to serve; then it is killed, and nothing has changed.
+    /// Under systemd a reload has as long as `TimeoutStartSec`, guests' last requests included: this is to be well below.
     #[serde(with = "duration")]
     pub upgrade_limit: Duration,
     /// How long a session outlives its last link: a restarted nebd finds it open.
@@ -84,7 +84,7 @@ impl Default for Config {
             file_io: FileIo::default(),
             stay_on_processor: true,
             drain_limit: Duration::from_secs(2),
-            upgrade_limit: Duration::from_secs(10),
+            upgrade_limit: Duration::from_secs(20),
             session_grace: Duration::from_secs(10),
             inflight_requests: VOLUME_INFLIGHT_REQUESTS,
             inflight_bytes: ByteSize(VOLUME_INFLIGHT_BYTES),

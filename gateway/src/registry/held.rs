@@ -8,8 +8,9 @@ use crate::engine::{Engine, OpenError};
 use spline_types::VolumeName;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::OwnedMutexGuard;
+use tokio::time::{timeout, timeout_at};
 
 type Guard = OwnedMutexGuard<Option<Arc<Session>>>;
 
@@ -28,24 +29,27 @@ pub(crate) struct HeldSession {
 }
 
 impl Registry {
-    /// Holds every session still; waits for those that are being opened or closed. If the wait is given up, nothing is held.
-    pub(crate) async fn hold(self: &Arc<Self>) -> Held {
+    /// Holds every session still; waits `until` then for those that are being opened or closed.
+    ///
+    /// # Errors
+    /// The volume of which that takes longer; nothing is held.
+    pub(crate) async fn hold(self: &Arc<Self>, until: Instant) -> Result<Held, VolumeName> {
         let slots: Vec<_> = {
             let mut slots = self.slots();
             slots.held = Some(Vec::new());
-            slots.by_name.values().cloned().collect()
+            slots.by_name.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect()
         };
         // From here on, so that it lets go however this ends.
         let mut held = Held { registry: Arc::clone(self), sessions: Vec::new(), _empty: Vec::new() };
-        for slot in slots {
-            let slot = slot.lock_owned().await;
+        for (name, slot) in slots {
+            let Ok(slot) = timeout_at(until.into(), slot.lock_owned()).await else { return Err(name) };
             match slot.clone() {
                 Some(session) => held.sessions.push(HeldSession { session, slot }),
                 None => held._empty.push(slot),
             }
         }
         self.slots().held = Some(held.sessions.iter().map(|held| Arc::clone(&held.session)).collect());
-        held
+        Ok(held)
     }
 
     /// Makes a session of an engine that was taken over; nobody can join it before it is [entered](Reserved::enter).
@@ -87,7 +91,7 @@ impl HeldSession {
         let session = Arc::clone(&self.session);
         session.leaving.cancel();
         session.engine.leave();
-        if tokio::time::timeout(limit, session.deserted()).await.is_err() {
+        if timeout(limit, session.deserted()).await.is_err() {
             tracing::warn!(volume = %session.name, links = session.links(), "links did not end in time");
         }
         session.in_doubt.store(false, Ordering::Release);

@@ -18,8 +18,8 @@ use tokio::net::UnixStream;
 
 /// Most descriptors beside one message: what Linux takes (SCM_MAX_FD).
 pub(crate) const FDS_MAX: usize = 253;
-/// Longest wait for the other process to take a message: one that hangs must not take this one with it.
-const SEND_LIMIT: Duration = Duration::from_secs(20);
+/// Longest wait for the other process to take a message: guests wait for one that hangs, and this one goes with it.
+const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a conversation can not go on.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +83,14 @@ impl Channel {
             Ok(sent) => sent.map_err(ended),
             Err(_) => Err(ended(io::ErrorKind::TimedOut.into())),
         }
+    }
+
+    /// Sends a message if the other side can take it at once: it is told, or has not heard of it.
+    ///
+    /// # Errors
+    /// If the other side is gone, or has not read what it was sent before.
+    pub(crate) fn send_now(&self, message: &Message) -> Result<(), ChannelError> {
+        send(self.socket.as_fd(), &message.encode(), &[]).map_err(ended)
     }
 
     /// The next message and what came beside it.

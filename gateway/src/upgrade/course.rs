@@ -6,12 +6,12 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// What came first.
+/// What came first; nothing yet.
 #[derive(Debug, Default)]
-pub(crate) struct Course(OnceLock<Way>);
+pub(crate) struct Course(Mutex<Option<Way>>);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Way {
@@ -31,12 +31,27 @@ pub(crate) enum Outcome {
 impl Course {
     /// This process is told to stop; false if another one serves in its place, or is about to.
     pub(crate) fn stops(&self) -> bool {
-        *self.0.get_or_init(|| Way::Stops) == Way::Stops
+        *self.decided().get_or_insert(Way::Stops) == Way::Stops
     }
 
-    /// An upgrade is to be committed; false if this process stops.
-    pub(crate) fn goes_over(&self) -> bool {
-        *self.0.get_or_init(|| Way::GoesOver) == Way::GoesOver
+    /// An upgrade is to be committed, which `tell` says to the new process; `None` if this process stops. If that is not told,
+    /// nothing is decided.
+    ///
+    /// # Errors
+    /// Those of `tell`.
+    pub(crate) fn goes_over<E>(&self, tell: impl FnOnce() -> Result<(), E>) -> Result<Option<()>, E> {
+        // A stop that comes meanwhile waits for this.
+        let mut decided = self.decided();
+        if *decided == Some(Way::Stops) {
+            return Ok(None);
+        }
+        tell()?;
+        *decided = Some(Way::GoesOver);
+        Ok(Some(()))
+    }
+
+    fn decided(&self) -> MutexGuard<'_, Option<Way>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -65,10 +80,16 @@ mod tests {
 
     #[test]
     fn what_comes_first_decides() {
+        let told = || Ok::<(), ()>(());
         let course = Course::default();
-        assert!(course.stops() && course.stops() && !course.goes_over());
+        assert!(course.stops() && course.stops());
+        assert_eq!(course.goes_over(|| -> Result<(), ()> { panic!("is told nothing") }), Ok(None));
         let course = Course::default();
-        assert!(course.goes_over() && !course.stops() && course.goes_over());
+        assert_eq!(course.goes_over(told), Ok(Some(())));
+        assert!(!course.stops());
+        let course = Course::default();
+        assert_eq!(course.goes_over(|| Err("gone")), Err("gone"));
+        assert!(course.stops(), "an upgrade that nobody was told of decides nothing");
     }
 
     #[tokio::test]

@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -108,20 +108,12 @@ impl HandOver {
     /// # Errors
     /// Why this process goes on serving; or, [broken](UpgradeError::Broken), why neither can.
     pub(crate) async fn run(&self, binary: Option<PathBuf>) -> Result<Upgraded, UpgradeError> {
-        let _one = self.one.try_lock().map_err(|_| UpgradeError::Busy)?;
-        if self.outcome.borrow().is_some() {
-            return Err(UpgradeError::Busy);
-        }
-        timeout(self.upgrade_limit, self.reopening.ended()).await.map_err(|_| UpgradeError::Reopening)?;
-        let binary = match binary {
-            Some(binary) => {
-                launch::check(&binary).map_err(UpgradeError::Binary)?;
-                binary
-            }
-            None => self.launch.binary.clone(),
-        };
+        let one = self.one.try_lock().ok().filter(|_| self.outcome.borrow().is_none());
+        let Some(_one) = one else { return Err(self.refused(UpgradeError::Busy)) };
+        let until = Instant::now() + self.upgrade_limit;
+        let binary = self.may_begin(binary, until).await.map_err(|error| self.refused(error))?;
         info!(binary = %binary.display(), "upgrade begins");
-        let result = self.replace(&binary).await;
+        let result = self.replace(&binary, until).await;
         match &result {
             Ok(upgraded) => {
                 self.metrics.upgrade_ended("done");
@@ -141,14 +133,29 @@ impl HandOver {
         result
     }
 
-    async fn replace(&self, binary: &Path) -> Result<Upgraded, UpgradeError> {
+    fn refused(&self, error: UpgradeError) -> UpgradeError {
+        self.metrics.upgrade_ended("refused");
+        warn!(%error, "upgrade is refused");
+        error
+    }
+
+    /// The binary to start, once the sessions of the last upgrade are as they were.
+    async fn may_begin(&self, binary: Option<PathBuf>, until: Instant) -> Result<PathBuf, UpgradeError> {
+        timeout_at(until.into(), self.reopening.ended()).await.map_err(|_| UpgradeError::Reopening)?;
+        let Some(binary) = binary else { return Ok(self.launch.binary.clone()) };
+        launch::check(&binary).map_err(UpgradeError::Binary)?;
+        Ok(binary)
+    }
+
+    /// Starts the new process, which has to be ready `until` then.
+    async fn replace(&self, binary: &Path, until: Instant) -> Result<Upgraded, UpgradeError> {
         let begun = Instant::now();
         let not_started = |error| UpgradeError::Start { binary: binary.to_owned(), error };
         let (channel, theirs) = Channel::pair().map_err(not_started)?;
         let mut child = Child::start(binary, &self.launch, theirs).map_err(not_started)?;
         let made_ready = async {
-            let product = self.within(Phase::Proof, self.prove(&channel)).await?;
-            Ok((product, self.prepare(&channel).await?))
+            let product = self.within(Phase::Proof, until, self.prove(&channel)).await?;
+            Ok((product, self.prepare(&channel, until).await?))
         };
         let (product, given) = match made_ready.await {
             Ok(made_ready) => made_ready,
@@ -157,9 +164,9 @@ impl HandOver {
                 return Err(UpgradeError::Failed { phase, why, binary: binary.to_owned(), said });
             }
         };
-        if !self.course.goes_over() {
+        if let Err(why) = self.decide(&channel) {
             self.take_back(given.0, given.1, true);
-            let (phase, why, said) = (Phase::Preparation, Why::Stopped, child.end().await);
+            let (phase, said) = (Phase::Preparation, child.end().await);
             return Err(UpgradeError::Failed { phase, why, binary: binary.to_owned(), said });
         }
         // Whatever happens now, this process does not have its sessions back: nobody may come to their slots any more.
@@ -181,11 +188,12 @@ impl HandOver {
     async fn within<T>(
         &self,
         phase: Phase,
+        until: Instant,
         work: impl Future<Output = Result<T, Why>>,
     ) -> Result<T, (Phase, Why)> {
         let done = tokio::select! {
             biased;
-            done = timeout(self.upgrade_limit, work) => done,
+            done = timeout_at(until.into(), work) => done,
             () = self.leaving.cancelled() => return Err((phase, Why::Stopped)),
         };
         match done {
@@ -225,11 +233,17 @@ impl HandOver {
     }
 
     /// Sockets and sessions; afterwards the new process could serve. If it could not, the sessions are served on, and opened anew.
-    pub(super) async fn prepare(&self, channel: &Channel) -> Result<(Vec<Offered>, Held), (Phase, Why)> {
-        let mut held = self.within(Phase::Preparation, async { Ok(self.registry.hold().await) }).await?;
+    pub(super) async fn prepare(
+        &self,
+        channel: &Channel,
+        until: Instant,
+    ) -> Result<(Vec<Offered>, Held), (Phase, Why)> {
+        let held = async { self.registry.hold(until).await.map_err(Why::Held) };
+        // Its own end is looked at first, and names the volume.
+        let mut held = self.within(Phase::Preparation, until, held).await?;
         let mut offered = Vec::new();
         let mut opening = false;
-        let made_ready = self.within(Phase::Preparation, async {
+        let made_ready = self.within(Phase::Preparation, until, async {
             offer(&mut held, &mut offered).await?;
             self.describe(channel, &offered).await?;
             // From here on any of them may have been opened by the other process, or may be yet: a call of one that is killed
@@ -293,6 +307,20 @@ impl HandOver {
         drop((offered, held));
     }
 
+    /// Tells the new process that it is to serve: from here on there is no way back.
+    pub(super) fn decide(&self, channel: &Channel) -> Result<(), Why> {
+        let told = self.course.goes_over(|| channel.send_now(&Message::Commit));
+        match told {
+            Ok(Some(())) => {
+                self.committed.cancel();
+                Ok(())
+            }
+            Ok(None) => Err(Why::Stopped),
+            Err(ChannelError::Closed) => Err(Why::Ended("taken")),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Gives everything away, session by session; answers how many sessions and links the new process goes on with, and after
     /// how long at most.
     pub(super) async fn commit(
@@ -301,8 +329,6 @@ impl HandOver {
         offered: &[Offered],
         pid: u32,
     ) -> Result<(u32, u32, Duration), Why> {
-        channel.send(&Message::Commit, &[]).await?;
-        self.committed.cancel();
         // Those that were not offered are lost or over: their links end by themselves, and find out anew.
         stream::iter(offered)
             .map(Ok::<_, ChannelError>)

@@ -25,7 +25,7 @@ use spline_types::{BlockRequest, BlockSize, Epoch, Fault, Geometry, OnUnavailabl
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -226,6 +226,11 @@ impl Side {
     }
 }
 
+/// When an upgrade that does not get on is given up: later than anything here takes.
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
 /// An old process and a new one.
 struct Lab {
     old: Side,
@@ -286,7 +291,7 @@ impl Lab {
     /// The old one up to the commit.
     async fn make_ready(&self) -> Result<usize, (Phase, Why)> {
         self.hand_over.prove(&self.channel).await.map_err(|why| (Phase::Proof, why))?;
-        let (offered, held) = self.hand_over.prepare(&self.channel).await?;
+        let (offered, held) = self.hand_over.prepare(&self.channel, soon()).await?;
         let count = offered.len();
         // As if it were to be committed: nothing is given back.
         std::mem::forget((offered, held));
@@ -302,8 +307,9 @@ async fn sessions_go_over_and_are_never_closed() {
     let socket = lab.socket.take().expect("once");
     let old = async {
         lab.hand_over.prove(&lab.channel).await.expect("proves");
-        let (offered, held) = lab.hand_over.prepare(&lab.channel).await.expect("prepares");
+        let (offered, held) = lab.hand_over.prepare(&lab.channel, soon()).await.expect("prepares");
         assert_eq!(lab.new.served(), [], "nothing is served before the commit");
+        lab.hand_over.decide(&lab.channel).expect("commits");
         let taken = lab.hand_over.commit(&lab.channel, &offered, 0).await.expect("commits");
         assert_eq!((taken.0, taken.1), (2, 0));
         std::mem::forget((offered, held));
@@ -364,7 +370,8 @@ async fn a_volume_that_somebody_else_has_taken_does_not_stop_the_others() {
     let socket = lab.socket.take().expect("once");
     let old = async {
         lab.hand_over.prove(&lab.channel).await.expect("proves");
-        let (offered, held) = lab.hand_over.prepare(&lab.channel).await.expect("prepares");
+        let (offered, held) = lab.hand_over.prepare(&lab.channel, soon()).await.expect("prepares");
+        lab.hand_over.decide(&lab.channel).expect("commits");
         let taken = lab.hand_over.commit(&lab.channel, &offered, 0).await.expect("commits");
         assert_eq!(taken.0, 0, "none could be taken over");
         std::mem::forget((offered, held));
@@ -382,7 +389,8 @@ async fn a_session_that_does_not_end_is_not_gone_on_with() {
     let socket = lab.socket.take().expect("once");
     let old = async {
         lab.hand_over.prove(&lab.channel).await.expect("proves");
-        let (offered, held) = lab.hand_over.prepare(&lab.channel).await.expect("prepares");
+        let (offered, held) = lab.hand_over.prepare(&lab.channel, soon()).await.expect("prepares");
+        lab.hand_over.decide(&lab.channel).expect("commits");
         let taken = lab.hand_over.commit(&lab.channel, &offered, 0).await.expect("commits");
         assert_eq!(taken.0, 0);
         std::mem::forget((offered, held));
@@ -455,10 +463,45 @@ async fn another_gateways_config_is_refused_before_anything_is_touched() {
 async fn whoever_comes_meanwhile_waits_and_is_served_when_it_is_given_up() {
     let lab = Lab::new(None);
     lab.old.serve("disk", 4, true).await;
-    let held = lab.old.registry.hold().await;
+    let held = lab.old.registry.hold(soon()).await.expect("holds");
     let (mut open, mut fresh) = (Box::pin(lab.old.join("disk")), Box::pin(lab.old.join("fresh")));
     assert!((&mut open).now_or_never().is_none() && (&mut fresh).now_or_never().is_none());
     assert!(!lab.old.registry.sessions().is_empty(), "operators see it all the same");
     drop(held);
     assert_eq!((open.await, fresh.await), (4, 9));
+}
+
+#[tokio::test]
+async fn a_volume_whose_opening_hangs_is_named() {
+    let lab = Lab::new(None);
+    lab.old.serve("disk", 4, true).await;
+    lab.old.serve("stuck", 4, true).await;
+    let sessions = lab.old.registry.sessions();
+    let stuck = sessions.iter().find(|session| session.name.to_string() == "stuck").expect("is served");
+    let busy = lab.old.registry.hold_one(stuck).await.expect("is served");
+    let refused =
+        lab.hand_over.prepare(&lab.channel, Instant::now()).await.map(drop).expect_err("is given up");
+    assert!(refused.1.to_string().contains("volume=stuck"), "{}", refused.1);
+    drop(busy);
+    assert_eq!((lab.old.join("disk").await, lab.old.join("stuck").await), (4, 4), "served as before");
+}
+
+#[tokio::test]
+async fn a_new_one_that_dies_before_it_hears_of_the_commit_leaves_the_old_one_serving() {
+    let mut lab = Lab::new(None);
+    lab.old.serve("disk", 4, true).await;
+    let socket = lab.socket.take().expect("once");
+    let made_ready = async {
+        lab.hand_over.prove(&lab.channel).await.expect("proves");
+        lab.hand_over.prepare(&lab.channel, soon()).await.expect("prepares")
+    };
+    let given = tokio::select! {
+        given = made_ready => given,
+        ended = lab.run_new(socket) => panic!("it waits to be told: {ended:?}"),
+    };
+    let why = lab.hand_over.decide(&lab.channel).expect_err("nobody hears it");
+    assert!(why.to_string().contains("has ended"), "{why}");
+    drop(given);
+    assert!(!lab.hand_over.committed.is_cancelled());
+    assert!(lab.hand_over.course.stops(), "a stop is this process's own");
 }

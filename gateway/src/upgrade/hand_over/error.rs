@@ -1,6 +1,7 @@
 //! Why an upgrade did not happen, each in one line.
 
 use crate::upgrade::channel::ChannelError;
+use spline_types::VolumeName;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -58,6 +59,10 @@ pub(crate) enum Why {
     Ended(&'static str),
     #[error("new process did not get so far in time: limit={0:?}")]
     Slow(Duration),
+    #[error(
+        "a volume is being opened or closed, which does not end: volume={0}; see what its disk or servers do, then try again"
+    )]
+    Held(VolumeName),
     /// Its own words, or ours about it.
     #[error("new process does not fit: {0}")]
     Unfit(String),
