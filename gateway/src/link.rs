@@ -35,6 +35,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 pub(crate) use threads::LaneThreads;
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 /// Time for a farewell, or the last answers, to reach a nebd that reads slowly; it replays without one as well.
@@ -120,8 +121,14 @@ pub(crate) async fn serve(mut stream: UnixStream, links: Arc<Links>) {
     links.registry.link_left(session, detached);
 }
 
-/// Goes on with a link that another process of this gateway has frozen.
-pub(crate) async fn go_on(frozen: ring::Frozen, session: Arc<Session>, links: Arc<Links>) {
+/// Goes on with a link that another process of this gateway has frozen. `begun` hears, just before requests are taken, how long
+/// nobody has; nothing if the link can not be gone on with.
+pub(crate) async fn go_on(
+    frozen: ring::Frozen,
+    session: Arc<Session>,
+    links: Arc<Links>,
+    begun: oneshot::Sender<Duration>,
+) {
     let stream = std::os::unix::net::UnixStream::from(frozen.socket);
     let socket = match stream.set_nonblocking(true).and_then(|()| stream.as_fd().try_clone_to_owned()) {
         Ok(socket) => Arc::new(socket),
@@ -135,7 +142,10 @@ pub(crate) async fn go_on(frozen: ring::Frozen, session: Arc<Session>, links: Ar
         let stream = UnixStream::from_std(stream)?;
         let control = control::Control::going_on(stream, frozen.partial, frozen.fds);
         let ring = GatewayRing::adopt(frozen.ring, frozen.position).map_err(io::Error::other)?;
-        ring::RingLink::new(control, ring, facts, session, links)?.going_on(frozen.regions)
+        let link = ring::RingLink::new(control, ring, facts, session, links)?.going_on(frozen.regions)?;
+        // Nobody need want to know.
+        let _ = begun.send(frozen.stopped.elapsed());
+        Ok(link)
     };
     links.metrics.links.inc();
     let detached = serve_ring(make, membership, socket, &links).await;

@@ -55,12 +55,14 @@ pub(crate) struct Metrics {
     pub(crate) inflight_bytes: Gauge,
     pub(crate) opens_refused: Counter,
     pub(crate) sessions_lost: Counter,
-    /// From the last request that the process before took of a link, or of a volume without one that goes on, to the first here.
+    /// From when the process before took no more requests of a link, or of a volume without one that goes on, until this one did.
     pub(crate) upgrade_pause: Histogram,
     /// Sessions that were taken over from the process before.
     pub(crate) sessions_taken_over: Counter,
     /// Links of theirs that go on as they were.
     pub(crate) links_taken_over: Counter,
+    /// How often a nebd that slept had to be woken for answers.
+    pub(crate) link_wakeups: Counter,
     upgrades: Family<OutcomeLabel, Counter>,
     stalls: Counter,
 }
@@ -99,6 +101,7 @@ impl Metrics {
             upgrade_pause: latency_histogram(),
             sessions_taken_over: Counter::default(),
             links_taken_over: Counter::default(),
+            link_wakeups: Counter::default(),
             upgrades: Family::default(),
             stalls: Counter::default(),
         };
@@ -119,6 +122,11 @@ impl Metrics {
             "Links whose thread stays on its processor, where nebd comes to it",
             metrics.links_staying.clone(),
         );
+        registry.register(
+            "link_wakeups",
+            "Times that a sleeping nebd was woken for answers in its ring",
+            metrics.link_wakeups.clone(),
+        );
         registry.register_with_unit(
             "inflight",
             "Data of requests that were taken and not answered yet",
@@ -138,7 +146,7 @@ impl Metrics {
     fn register_upgrades(&self, registry: &mut Registry) {
         registry.register_with_unit(
             "upgrade_pause",
-            "From a link's last request taken in the process before to the first one here",
+            "From when the process before took no more requests of a link until this one did",
             Unit::Seconds,
             self.upgrade_pause.clone(),
         );

@@ -76,7 +76,12 @@ impl Families {
             ),
             faults: add(registry, "faults", "Requests answered with an error", Family::default()),
             inflight: add(registry, "inflight_requests", "Requests that guests wait for", Family::default()),
-            replays: add(registry, "replays", "Requests sent again after a lost link", Family::default()),
+            replays: add(
+                registry,
+                "replays",
+                "Requests sent again: their link was lost, or their gateway left",
+                Family::default(),
+            ),
             link_up: add(registry, "link_up", "1 while a gateway serves the volume", Family::default()),
             link_connects: add(registry, "link_connects", "Hellos accepted by a gateway", Family::default()),
             link_wakeups: add(
@@ -85,11 +90,16 @@ impl Families {
                 "Times that the gateway slept and had to be woken for requests in a ring",
                 Family::default(),
             ),
-            polls: add(registry, "polls", "Looks at rings before a sleep", Family::default()),
+            polls: add(
+                registry,
+                "polls",
+                "Times that a guest's queues, or the ring of a link of NBD clients, were looked at for a moment before a sleep",
+                Family::default(),
+            ),
             poll_hits: add(
                 registry,
                 "poll_hits",
-                "Looks at rings that made a sleep needless",
+                "Such looks that made the sleep needless",
                 Family::default(),
             ),
             stalls: add(registry, "stalls", "Requests answered later than after 100 ms", Family::default()),

@@ -232,7 +232,7 @@ impl RingLink {
             if let Some(ending) = self.over.take() {
                 return Ok(Poll::Ready(ending));
             }
-            self.ring.publish();
+            self.publish();
             if let Poll::Ready(Err(error)) = self.control.poll_flush(cx) {
                 return Err(error.into());
             }
@@ -252,6 +252,13 @@ impl RingLink {
         }
         threads::let_others(cx);
         Ok(Poll::Pending)
+    }
+
+    /// Shows nebd what was answered.
+    fn publish(&mut self) {
+        if self.ring.publish() {
+            self.metrics.link_wakeups.inc();
+        }
     }
 
     /// Tells nebd where the thread stays, as that follows from what is under way.
@@ -421,7 +428,7 @@ impl RingLink {
             withdrawn += 1;
             self.deaf |= self.ring.push(&requests::withdrawn(request.id)).is_err();
         }
-        self.ring.publish();
+        self.publish();
         if self.deaf {
             // What nebd wrote makes no sense: its link is cut.
             return;
@@ -457,7 +464,7 @@ impl WindsUp for RingLink {
                 Err(_) => self.deaf = true,
             }
         }
-        self.ring.publish();
+        self.publish();
         // A socket that fails has nothing left to flush.
         let _ = self.control.poll_flush(cx);
         if self.requests.is_empty() { Poll::Ready(()) } else { Poll::Pending }

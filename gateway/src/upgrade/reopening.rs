@@ -15,7 +15,7 @@ use crate::session::Session;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -130,7 +130,8 @@ impl Reopening {
         drop(held);
         info!(volume = %session.name, links = frozen.len(), "session goes on as a new one");
         for frozen in frozen {
-            self.tasks.spawn(link::go_on(frozen, Arc::clone(&session), Arc::clone(&self.links)));
+            let (begun, _) = oneshot::channel();
+            self.tasks.spawn(link::go_on(frozen, Arc::clone(&session), Arc::clone(&self.links), begun));
         }
         self.links.registry.link_left(session, false);
     }

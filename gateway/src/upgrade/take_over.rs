@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::engine::{Legacy, OpenError, Passed};
 use crate::link::{self, Links};
 use crate::listener::PassedListener;
+use crate::metrics::Metrics;
 use crate::registry::{Registry, Reserved};
 use anyhow::{Context, bail, ensure};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
@@ -21,11 +22,15 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 /// Sessions that are opened at once: each costs the metadata server a log entry.
 const PARALLEL: usize = 16;
+/// Time for a link's thread to begin with it, which takes microseconds; the old process waits a few seconds for all of them.
+const BEGIN_LIMIT: Duration = Duration::from_secs(1);
 /// Sessions that are believed in: what a registry holds at most.
 const SESSIONS_MAX: usize = 4096;
 
@@ -123,7 +128,7 @@ impl Successor {
         let sockets = Sockets::new(told, fds, &offer, config)?;
         let states = self.sessions(registry).await?;
         let (reserved, arriving) = (open(registry, states).await?, Arriving::default());
-        let entering = Entering { reserved, arriving, taken: Taken::default() };
+        let entering = Entering { reserved, arriving, beginning: Vec::new(), taken: Taken::default() };
         self.channel.send(&Message::Prepared { sessions: entering.reserved.len() as u32 }, &[]).await?;
         match self.channel.hear().await? {
             Message::Commit => Ok((sockets, entering)),
@@ -163,10 +168,10 @@ impl Successor {
             warn!(%error, "the process before has ended in the middle of the upgrade; this one goes on by itself");
         }
         // What it has not let go of may still be under way there, or in the kernel: it is opened anew, fenced or locked.
-        for reserved in entering.reserved.into_values() {
+        for (_, reserved) in entering.reserved.drain() {
             reserved.give_up(&links.registry).await;
         }
-        let Taken { sessions, links, pause } = entering.taken;
+        let Taken { sessions, links, pause } = entering.taken(&links.metrics).await;
         info!(sessions, links, ?pause, "has taken over");
     }
 
@@ -189,7 +194,7 @@ impl Successor {
                     }
                 }
                 Message::Finish => {
-                    let Taken { sessions, links, pause } = entering.taken;
+                    let Taken { sessions, links, pause } = entering.taken(&links.metrics).await;
                     let pause_ns = nanoseconds(pause);
                     self.channel.send(&Message::Taken { sessions, links, pause_ns }, &[]).await?;
                 }
@@ -213,6 +218,8 @@ struct Taken {
 pub(crate) struct Entering {
     reserved: Prepared,
     arriving: Arriving,
+    /// Links that have not been heard of yet.
+    beginning: Vec<oneshot::Receiver<Duration>>,
     taken: Taken,
 }
 
@@ -228,13 +235,23 @@ impl Entering {
         links.metrics.sessions_taken_over.inc();
         self.taken.sessions += 1;
         for frozen in frozen {
-            let pause = frozen.stopped.elapsed();
-            links.metrics.upgrade_pause.observe(pause.as_secs_f64());
-            links.metrics.links_taken_over.inc();
-            self.taken.links += 1;
-            self.taken.pause = self.taken.pause.max(pause);
-            tasks.spawn(link::go_on(frozen, Arc::clone(&session), Arc::clone(links)));
+            let (begun, heard) = oneshot::channel();
+            self.beginning.push(heard);
+            tasks.spawn(link::go_on(frozen, Arc::clone(&session), Arc::clone(links), begun));
         }
+    }
+
+    /// What is gone on with by now, once every link has begun or failed.
+    async fn taken(&mut self, metrics: &Metrics) -> Taken {
+        for heard in self.beginning.drain(..) {
+            if let Ok(Ok(pause)) = timeout(BEGIN_LIMIT, heard).await {
+                metrics.upgrade_pause.observe(pause.as_secs_f64());
+                metrics.links_taken_over.inc();
+                self.taken.links += 1;
+                self.taken.pause = self.taken.pause.max(pause);
+            }
+        }
+        self.taken
     }
 }
 

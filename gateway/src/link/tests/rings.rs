@@ -355,7 +355,9 @@ async fn a_volume_that_grows_while_its_link_goes_over_is_told() {
     let frozen = freeze(&bench, Duration::from_millis(50)).await.expect("is given away");
     bench.engine.size.store(2 * SIZE, Ordering::Release);
     let session = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
-    tokio::spawn(go_on(frozen, session, Arc::clone(&bench.links)));
+    let (begun, hears) = oneshot::channel();
+    tokio::spawn(go_on(frozen, session, Arc::clone(&bench.links), begun));
+    hears.await.expect("it is gone on with");
     assert_eq!(nebd.control.next().await, Some((Message::Renewed { epoch: Epoch::new(7) }, Vec::new())));
     assert_eq!(nebd.control.next().await, Some((Message::Resized { size: 2 * SIZE }, Vec::new())));
 }
@@ -393,7 +395,9 @@ async fn a_link_is_given_away_and_gone_on_with() {
     let withdrawn = [nebd.next().await, nebd.next().await];
     assert!(withdrawn.iter().all(|answer| answer.completion == Completion::Withdrawn), "{withdrawn:?}");
     let session = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
-    tokio::spawn(go_on(frozen, session, Arc::clone(&bench.links)));
+    let (begun, hears) = oneshot::channel();
+    tokio::spawn(go_on(frozen, session, Arc::clone(&bench.links), begun));
+    hears.await.expect("it is gone on with");
     assert_eq!(nebd.control.next().await, Some((Message::Renewed { epoch: Epoch::new(7) }, Vec::new())));
     assert_eq!(nebd.control.next().await, Some((Message::Resized { size: SIZE }, Vec::new())));
     assert_eq!(nebd.next().await.id.get(), 1004);

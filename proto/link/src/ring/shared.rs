@@ -194,7 +194,6 @@ impl NebdRing {
 pub struct GatewayRing {
     end: GatewayEnd<MappedCells>,
     to_nebd: OwnedFd,
-    bells: u64,
 }
 
 impl GatewayRing {
@@ -210,7 +209,7 @@ impl GatewayRing {
         check_eventfd(&fds.to_gateway)?;
         check_socket(&fds.to_nebd)?;
         let end = GatewayEnd::new(MappedCells(memory), Places::REAL, position)?;
-        Ok((Self { end, to_nebd: fds.to_nebd, bells: 0 }, fds.to_gateway))
+        Ok((Self { end, to_nebd: fds.to_nebd }, fds.to_gateway))
     }
 
     /// The descriptors again, for another gateway; `bell` is the one that [`adopt`](Self::adopt) answered.
@@ -223,11 +222,6 @@ impl GatewayRing {
             to_gateway: bell.try_clone_to_owned()?,
             to_nebd: self.to_nebd.try_clone()?,
         })
-    }
-
-    /// How often nebd had to be woken.
-    pub fn bells(&self) -> u64 {
-        self.bells
     }
 
     /// [`GatewayEnd::position`].
@@ -251,14 +245,15 @@ impl GatewayRing {
         self.end.push(answer)
     }
 
-    /// [`GatewayEnd::publish`], and wakes nebd if it sleeps.
-    pub fn publish(&mut self) {
-        if self.end.publish() {
-            self.bells += 1;
+    /// [`GatewayEnd::publish`], and wakes nebd if it sleeps; true if it did.
+    pub fn publish(&mut self) -> bool {
+        let sleeps = self.end.publish();
+        if sleeps {
             // EAGAIN: nebd has filled it itself. Another error is that of a nebd that is gone.
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             let _ = rustix::net::send(&self.to_nebd, &[RUNG], flags);
         }
+        sleeps
     }
 
     /// [`GatewayEnd::look`].
