@@ -1,8 +1,8 @@
 //! A session: one open volume, its limits and the links that it serves.
 //!
-//! Called by links and the registry. Knows: who is linked, whether a request may pass. Must not know: sockets' bytes,
-//! where the data is. Invariants: `one_writer` (a lost session serves nothing more), `replay_before_new` and
-//! `no_late_duplicate` (a new link is served only when what its dead predecessors started has ended).
+//! Called by links, the registry, upgrades, the watchdog and the service. Knows: who is linked, whether a request may pass. Must
+//! not know: sockets' bytes, where the data is. Invariants: `one_writer` (a lost session serves nothing more), `replay_before_new`
+//! and `no_late_duplicate` (a new link is served only when what its dead predecessors started has ended).
 
 use crate::admission::Admission;
 use crate::engine::{Engine, EngineAnswer, Standing, Wanted};
@@ -246,7 +246,7 @@ impl Drop for Membership {
 }
 
 /// Whether the other side of a socket has closed it, whatever is still to be read from it.
-fn hung_up(socket: &Weak<OwnedFd>) -> bool {
+pub(crate) fn hung_up(socket: &Weak<OwnedFd>) -> bool {
     let Some(socket) = socket.upgrade() else { return true };
     let mut fds = [PollFd::new(&*socket, PollFlags::RDHUP)];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };

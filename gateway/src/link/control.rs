@@ -16,7 +16,8 @@ use tokio::net::UnixStream;
 
 /// Bytes of one read: more frames than come at once.
 const READ_BYTES: usize = 4096;
-/// Bytes that wait for a nebd that does not read: sizes and farewells, of which there are few. More are dropped with the link.
+/// Bytes that wait for a nebd that does not read: sizes and farewells, of which there are few. More are left out:
+/// a nebd that has not read thousands of them reads none.
 const UNSENT_MAX: usize = 64 << 10;
 
 /// Bytes of frames that are read before they are looked at: every region that a link may have, told at once.

@@ -32,7 +32,7 @@ use spline_types::{BlockRequest, Fault};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -83,6 +83,8 @@ type Answer = (u32, Result<u32, Fault>);
 
 pub(super) struct RingLink {
     control: Control,
+    /// Its connection; nobody's before it is served.
+    socket: Weak<OwnedFd>,
     ring: GatewayRing,
     bell: Bell,
     regions: Arc<Regions>,
@@ -122,6 +124,7 @@ impl RingLink {
         ring.tell_processor(None);
         Ok(Self {
             control,
+            socket: Weak::new(),
             ring,
             bell: Bell::new(bell)?,
             regions: Arc::default(),
@@ -166,6 +169,7 @@ impl RingLink {
         drain_limit: Duration,
     ) -> bool {
         let volume = self.session.name.clone();
+        self.socket = Arc::downgrade(&socket);
         let ending = match predecessors_ended(&mut membership).await {
             Ok(()) => self.serve_until_ending(&mut membership).await,
             Err(ending) => ending,
@@ -339,8 +343,9 @@ impl RingLink {
             None => data,
         };
         let (session, buffers) = (Arc::clone(&self.session), self.buffers.clone());
+        let socket = Weak::clone(&self.socket);
         self.running.push(Box::pin(async move {
-            (ticket, requests::execute(&session, &buffers, request, data).await)
+            (ticket, requests::execute(&session, &buffers, &socket, request, data).await)
         }));
     }
 

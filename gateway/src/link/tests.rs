@@ -318,7 +318,12 @@ impl Engine for Gated {
                 gate.acquire().await.expect("open").forget();
             }
             log.lock().expect("unpoisoned").push(("end", id));
-            Ok(EngineAnswer::Done)
+            match request.op {
+                BlockOp::Read => {
+                    Ok(EngineAnswer::Data(vec![vec![0xaa; request.range.length() as usize].into()]))
+                }
+                _ => Ok(EngineAnswer::Done),
+            }
         })
     }
 

@@ -7,12 +7,14 @@ use crate::buffer::BufferPool;
 use crate::engine::EngineAnswer;
 use crate::link::staying::weight;
 use crate::link::{data_of, fitting};
-use crate::session::Session;
+use crate::session::{Session, hung_up};
 use crate::shared::SharedData;
 use bytes::Bytes;
 use spline_link::extents;
 use spline_link::ring::RingAnswer;
 use spline_types::{BlockOp, BlockRequest, Completion, Fault, RequestId};
+use std::os::fd::OwnedFd;
+use std::sync::Weak;
 use std::time::Instant;
 
 /// A request under way.
@@ -78,11 +80,15 @@ impl Requests {
 
 /// Carries out a request with copies of its data; answers how many bytes of extents were put into it.
 ///
+/// What was read goes nowhere once nebd has left `socket`: if this process stood still meanwhile, another gateway may have answered,
+/// and the memory be of another use.
+///
 /// # Errors
-/// The engine's; `Internal` if the memory has vanished.
+/// The engine's; `Internal` if the memory has vanished, or nebd has.
 pub(super) async fn execute(
     session: &Session,
     buffers: &BufferPool,
+    socket: &Weak<OwnedFd>,
     request: BlockRequest,
     data: SharedData,
 ) -> Result<u32, Fault> {
@@ -94,8 +100,11 @@ pub(super) async fn execute(
         }
         _ => Bytes::new(),
     };
-    let answer = session.engine.execute(request, payload).await?;
-    match fitting(&request, answer)? {
+    let answer = fitting(&request, session.engine.execute(request, payload).await?)?;
+    if !matches!(answer, EngineAnswer::Done) && hung_up(socket) {
+        return Err(Fault::Internal);
+    }
+    match answer {
         EngineAnswer::Done => Ok(0),
         EngineAnswer::Data(parts) => {
             let mut at = 0;

@@ -411,6 +411,29 @@ async fn a_link_is_given_away_and_gone_on_with() {
 
 /// An upgrade was given up, and nobody knows which epoch is the newest.
 #[tokio::test]
+async fn what_is_read_for_a_nebd_that_has_left_goes_nowhere() {
+    let bench = Bench::new(64, Duration::from_secs(60));
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let served = tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+    let mut nebd = RingNebd::open(ours, "volume").await;
+    let mut found = [0; 512];
+    bench.engine.gate.add_permits(1);
+    assert_eq!(nebd.ask(1, BlockOp::Read, 0, 512, &[piece(0, 0, 512)]).await, DONE);
+    nebd.memory.read(0, &mut found).expect("fits");
+    assert_eq!(found, [0xaa; 512], "as long as it is there");
+    nebd.push(&request(2, BlockOp::Read, 0, 512), &[piece(0, 512, 512)]);
+    nebd.ring.publish();
+    bench.until(|log| log.contains(&("start", 2))).await;
+    let RingNebd { control, memory, .. } = nebd;
+    drop(control);
+    bench.engine.gate.add_permits(1);
+    served.await.expect("ends");
+    assert!(bench.engine.log.lock().expect("unpoisoned").contains(&("end", 2)));
+    memory.read(512, &mut found).expect("fits");
+    assert_eq!(found, [0; 512], "the memory may be of another use by now");
+}
+
+#[tokio::test]
 async fn a_link_goes_over_to_a_session_that_is_opened_anew_and_is_served_until_then() {
     let bench = Bench::new(64, Duration::from_secs(60));
     let (ours, theirs) = UnixStream::pair().expect("a pair");
