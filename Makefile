@@ -4,7 +4,7 @@
 CARGO ?= cargo
 # Tests that start real processes: each has a cluster of its own, so they run one at a time (RUST_TEST_THREADS).
 PROCESS_TESTS = -p spline-conformance -p spline-fault -p spline-e2e
-ROUNDS ?= 20
+ROUNDS ?= 30
 # Of the random schedule of faults in make soak.
 SOAK_SECONDS ?= 1800
 CASES ?= 20000
