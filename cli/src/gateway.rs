@@ -37,10 +37,13 @@ fn told(upgraded: &Upgraded) -> String {
 }
 
 fn human(status: &GatewayStatus, now_ms: u64) -> String {
-    let GatewayStatus { id, version, pid, since_unix_ms, sessions, .. } = status;
+    let GatewayStatus { id, version, pid, since_unix_ms, sessions, busy, .. } = status;
     let since = ago(now_ms.saturating_sub(*since_unix_ms));
     let count = sessions.len();
     let mut text = format!("gateway {id}: version {version}, pid {pid}, started {since}, {count} volumes\n");
+    if !busy.is_empty() {
+        text += &format!("being opened or closed: {}\n", busy.join(", "));
+    }
     if sessions.is_empty() {
         return text;
     }
@@ -49,11 +52,11 @@ fn human(status: &GatewayStatus, now_ms: u64) -> String {
         &["volume", "engine", "state", "epoch", "size", "links", "in flight", "bytes", "since"],
         &[3, 4, 5, 6, 7, 8],
         sessions.iter().map(|session| {
-            let state = if session.read_only { "read-only" } else { session.state.as_str() };
+            let only = if session.read_only { ", read-only" } else { "" };
             vec![
                 session.volume.clone(),
                 session.engine.clone(),
-                state.to_owned(),
+                format!("{}{only}", session.state),
                 session.epoch.to_string(),
                 ByteSize(session.size_bytes).to_string(),
                 links(session.links, session.ring_links),
@@ -103,6 +106,7 @@ mod tests {
             binary: "/usr/bin/spline-gateway".into(),
             since_unix_ms: 1000,
             sessions: vec![session],
+            busy: Vec::new(),
         };
         let text = human(&status, 122_000);
         assert!(
@@ -110,7 +114,16 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("2 ring, 1 socket") && text.contains("61 s ago"), "{text}");
+        status.sessions[0].read_only = true;
+        status.sessions[0].state = "fenced".into();
+        status.busy = vec!["a".into(), "b".into()];
+        let text = human(&status, 122_000);
+        assert!(
+            text.contains("fenced, read-only") && text.contains("\nbeing opened or closed: a, b\n"),
+            "{text}"
+        );
         status.sessions.clear();
+        status.busy.clear();
         assert_eq!(human(&status, 122_000).lines().count(), 1);
         assert_eq!((links(2, 2), links(1, 0), links(0, 0)), ("2 ring".into(), "1 socket".into(), "-".into()));
     }

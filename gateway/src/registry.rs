@@ -1,8 +1,8 @@
 //! Sessions by volume name: opened by the first link, shared by its links, closed a grace after the last.
 //!
-//! Called by links, the service and the gateway's shutdown. Each name has a slot whose lock is held while its volume
-//! is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others. It is not held while
-//! the metadata server is asked about a session that is open: links that resume it need no answer.
+//! Called by links, the service, the watchdog, upgrades and the gateway's shutdown. Each name has a slot whose lock is held while
+//! its volume is opened or closed, so that a volume is never opened twice, and slow volumes do not hold up others. It is not held
+//! while the metadata server is asked about a session that is open: links that resume it need no answer.
 
 mod held;
 
@@ -288,6 +288,14 @@ impl Registry {
             slots.by_name.values().cloned().collect()
         };
         slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone()).collect()
+    }
+
+    /// The volumes that are being opened or closed, as far as an upgrade does not hold them still.
+    pub(crate) fn busy(&self) -> Vec<VolumeName> {
+        let slots = self.slots();
+        let is_busy =
+            |(name, slot): (&VolumeName, &Arc<Slot>)| slot.try_lock().is_err().then(|| name.clone());
+        if slots.held.is_some() { Vec::new() } else { slots.by_name.iter().filter_map(is_busy).collect() }
     }
 }
 

@@ -14,6 +14,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -99,11 +100,14 @@ impl GatewayService for Service {
     ) -> Result<Response<pb::GatewayStatusReply>, Status> {
         let mut sessions: Vec<_> = self.registry.sessions().iter().map(|session| shown(session)).collect();
         sessions.sort_by(|a, b| a.volume.cmp(&b.volume));
+        let mut busy: Vec<_> = self.registry.busy().iter().map(ToString::to_string).collect();
+        busy.sort();
         Ok(Response::new(pb::GatewayStatusReply {
             id: self.id.clone(),
             version: spline_process::VERSION.to_owned(),
             since_unix_ms: unix_ms(self.since),
             sessions,
+            busy,
             pid: std::process::id(),
             binary: self
                 .hand_over
@@ -161,6 +165,11 @@ fn unix_ms(time: SystemTime) -> u64 {
 
 fn shown(session: &Session) -> pb::VolumeSession {
     let (inflight_requests, inflight_bytes) = session.admission.inflight();
+    let state = match (session.is_lost(), session.in_doubt.load(Ordering::Acquire)) {
+        (true, _) => "fenced",
+        (false, true) => "reopening",
+        (false, false) => "serving",
+    };
     pb::VolumeSession {
         volume: session.name.to_string(),
         engine: session.engine.name().to_owned(),
@@ -169,7 +178,7 @@ fn shown(session: &Session) -> pb::VolumeSession {
         links: session.links() as u32,
         inflight_requests,
         inflight_bytes,
-        state: if session.is_lost() { "fenced" } else { "serving" }.to_owned(),
+        state: state.to_owned(),
         since_unix_ms: unix_ms(session.since),
         read_only: session.engine.traits().read_only,
         ring_links: session.rings() as u32,

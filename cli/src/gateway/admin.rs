@@ -30,6 +30,8 @@ pub struct GatewayStatus {
     pub since_unix_ms: u64,
     /// The volumes that it serves, by name.
     pub sessions: Vec<VolumeSession>,
+    /// Names of those that are being opened or closed.
+    pub busy: Vec<String>,
 }
 
 /// One volume that a gateway serves.
@@ -51,7 +53,8 @@ pub struct VolumeSession {
     pub inflight_requests: u64,
     /// Their data, bytes.
     pub inflight_bytes: u64,
-    /// `serving`, or `fenced` if a newer session has the volume.
+    /// `serving`; `fenced` if a newer session has the volume; `reopening` after an upgrade that was given up, until a metadata
+    /// server has renewed the session.
     pub state: String,
     /// Writes are refused.
     pub read_only: bool,
@@ -110,6 +113,7 @@ impl Admin {
             binary: reply.binary,
             since_unix_ms: reply.since_unix_ms,
             sessions: reply.sessions.into_iter().map(session).collect(),
+            busy: reply.busy,
         })
     }
 
