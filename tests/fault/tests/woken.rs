@@ -1,11 +1,14 @@
-//! A gateway that is frozen with writes under way, and woken long after another process has taken its volume and answered newer
-//! writes to the same blocks: nothing of the old one lands (`no_late_duplicate`).
+//! A gateway that is frozen with requests under way, and woken long after another process has taken its volume and answered newer
+//! writes to the same blocks: nothing of the old one lands (`no_late_duplicate`), neither on a disk nor in a guest's memory.
 
 use anyhow::{Context, ensure};
 use spline_fault::block;
 use spline_fault::broken::build;
-use spline_fault::workload::{EXPORT_BYTES, RECOVERY_LIMIT};
+use spline_fault::guest::GuestLoad;
+use spline_fault::history::History;
+use spline_fault::workload::{self, EXPORT_BYTES, RECOVERY_LIMIT};
 use spline_harness::nbd::{Connection, Kind, Receiver, Sender};
+use spline_harness::vhost::Shown;
 use spline_harness::{Cluster, Export, Process, Rig, Shape, binaries, ports, rounds, wait_until};
 use std::path::Path;
 use std::time::Duration;
@@ -21,6 +24,8 @@ const TAKEN: [u64; 4] = [1, 2, 3, 4];
 /// Blocks whose writes it finds when it is woken.
 const WAITING: [u64; 4] = [5, 6, 7, 8];
 const BLOCKS: u64 = 9;
+/// A guest's answers to see before and after.
+const PROGRESS: u64 = 100;
 
 /// How long the old one sleeps after the newer writes were answered.
 fn sleep() -> Duration {
@@ -119,13 +124,13 @@ fn process_again(cluster: &Cluster) -> anyhow::Result<Process> {
     Ok(Process::new("gateway-again", binaries::find("spline-gateway")?, arguments, cluster.dir()))
 }
 
-fn replaced_by_hand() -> anyhow::Result<()> {
-    let Lab { mut cluster, export, receiver, sent } = Lab::new(&TAKEN)?;
-    let mut again = process_again(&cluster)?;
+/// Starts another process of the frozen gateway in its place, as an operator does who believes it dead, and is wrong; nebd goes
+/// on with the new one.
+fn replace_by_hand(cluster: &Cluster) -> anyhow::Result<Process> {
+    let mut again = process_again(cluster)?;
     again.start()?;
     wait_until("the second process to end", RECOVERY_LIMIT, || Ok((!again.is_running()?).then_some(())))?;
     ensure!(again.log()?.contains("another gateway runs with link_socket"), "{}", again.log_tail());
-    // An operator who believes the first one dead, and is wrong.
     for left in ["gateway.sock", "gateway.sock.lock"] {
         std::fs::remove_file(cluster.dir().join(left))?;
     }
@@ -135,7 +140,12 @@ fn replaced_by_hand() -> anyhow::Result<()> {
         Ok(again.log()?.contains("gateway serves").then_some(()))
     })?;
     ensure!(cluster.gateway.cut(&cluster.gateway_socket())? > 0, "links");
-    // nebd goes on with the new one.
+    Ok(again)
+}
+
+fn replaced_by_hand() -> anyhow::Result<()> {
+    let Lab { mut cluster, export, receiver, sent } = Lab::new(&TAKEN)?;
+    let _again = replace_by_hand(&cluster)?;
     ensure!(answers(receiver, sent)? == vec![0; sent], "every write is answered");
     let mut client = Connection::open(&export.socket, "disk", RECOVERY_LIMIT)?;
     write_all(&mut client, 3)?;
@@ -146,6 +156,31 @@ fn replaced_by_hand() -> anyhow::Result<()> {
 #[test]
 fn a_frozen_gateway_whose_place_another_process_of_it_has_taken() {
     replaced_by_hand().expect("nothing of the old one lands");
+}
+
+/// The guest goes on in the memory in which the frozen gateway has its requests.
+fn replaced_under_a_guest() -> anyhow::Result<()> {
+    let rig = Rig::cluster()?;
+    let volume = rig.create("disk", EXPORT_BYTES)?;
+    let export = rig.export_to_guest(&volume, Shown::default())?;
+    let load = GuestLoad::start(&export.socket, History::new(workload::BLOCKS), 1);
+    load.wait_for_progress(PROGRESS)?;
+    rig.gateway().stop()?;
+    let Rig::Cluster(cluster) = &rig else { unreachable!("made above") };
+    let _again = replace_by_hand(cluster)?;
+    load.wait_for_progress(PROGRESS)?;
+    std::thread::sleep(sleep());
+    rig.gateway().cont()?;
+    wait_until("the old one to have let go of its links", RECOVERY_LIMIT, || {
+        Ok(rig.gateway().log()?.contains("link is closed").then_some(()))
+    })?;
+    load.wait_for_progress(PROGRESS)?;
+    load.finish().map(drop)
+}
+
+#[test]
+fn a_frozen_gateway_that_has_requests_in_a_guests_memory() {
+    replaced_under_a_guest().expect("nothing of the old one lands in it");
 }
 
 /// How long the session's lease lasts still.
