@@ -6,6 +6,8 @@ mod cases;
 mod client;
 #[path = "support/gateway.rs"]
 mod gateway;
+#[path = "support/operations.rs"]
+mod operations;
 
 use cases::Place;
 use client::{Client, request};
@@ -45,6 +47,14 @@ fn what_was_withdrawn_is_sent_again_on_the_same_link_before_what_is_new() {
     gateway.listen();
     assert_eq!(client.read(6, 4096, 4096), [1; 4096]);
     assert_eq!(gateway.lock().links, [Mode::Open, Mode::Resume { epoch: Epoch::new(7) }]);
+}
+
+#[test]
+fn each_operation_that_is_withdrawn_for_a_hand_over_is_carried_out_once_on_the_same_link() {
+    operations::each_is_carried_out_once(Manner::Withdraw, 0, |gateway| {
+        gateway.lock().manner = Manner::Answer;
+        gateway.say(&Message::Renewed { epoch: Epoch::new(7) });
+    });
 }
 
 #[test]

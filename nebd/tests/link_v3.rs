@@ -6,5 +6,7 @@ mod cases;
 mod client;
 #[path = "support/gateway.rs"]
 mod gateway;
+#[path = "support/operations.rs"]
+mod operations;
 
 const RING: bool = false;

@@ -65,7 +65,8 @@ pub(crate) struct Control {
     epoch: u64,
     image: Vec<u8>,
     streams: Vec<UnixStream>,
-    dead: bool,
+    /// How often it died: who listened before is another one.
+    deaths: u64,
 }
 
 #[derive(Clone)]
@@ -95,7 +96,7 @@ impl FakeGateway {
             epoch: 0,
             image: vec![0; size as usize],
             streams: Vec::new(),
-            dead: false,
+            deaths: 0,
         };
         Self { path: path.to_owned(), shared: Arc::new((Mutex::new(control), Condvar::new())) }
     }
@@ -104,13 +105,13 @@ impl FakeGateway {
     pub(crate) fn listen(&self) {
         let _ = std::fs::remove_file(&self.path);
         let listener = UnixListener::bind(&self.path).expect("binds");
-        self.lock().dead = false;
+        let lived = self.lock().deaths;
         let gateway = self.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let stream = stream.expect("accepts");
                 let mut control = gateway.lock();
-                if control.dead {
+                if control.deaths != lived {
                     return;
                 }
                 control.streams.push(stream.try_clone().expect("clones"));
@@ -124,7 +125,7 @@ impl FakeGateway {
     /// Dies as by kill -9: every link drops, nobody listens.
     pub(crate) fn kill(&self) {
         let mut control = self.lock();
-        control.dead = true;
+        control.deaths += 1;
         for stream in control.streams.drain(..) {
             let _ = stream.shutdown(Shutdown::Both);
         }

@@ -45,6 +45,9 @@ macro_rules! on_both {
     };
 }
 
+// Behind the macro, which it uses.
+mod operations;
+
 struct Place {
     gateway: Gateway,
     link: GatewayLink,
@@ -123,8 +126,13 @@ impl Place {
     }
 
     fn start(&mut self, record: Option<&Arc<InflightRegion>>) {
+        self.start_with(1 << 9, record);
+    }
+
+    /// As [`start`](Self::start), by a driver of these features.
+    fn start_with(&mut self, features: u64, record: Option<&Arc<InflightRegion>>) {
         let duplicate = |fd: &OwnedFd| Some(fd.try_clone().expect("duplicates"));
-        let mut start = self.driver.start(1 << 9);
+        let mut start = self.driver.start(features);
         start.record = record.and_then(|region| region.queue(0, 64));
         (start.kick, start.call) = (duplicate(&self.kick), duplicate(&self.call));
         start.error = duplicate(&self.error);
