@@ -255,6 +255,8 @@ async fn what_breaks_the_contract_cuts_only_its_own_link() {
 
 /// An engine whose requests end when the test says so. What happens is written down in order.
 struct Gated {
+    /// 0: as a file, which knows no sessions.
+    epoch: Epoch,
     log: Arc<Mutex<Vec<(&'static str, u64)>>>,
     /// One permit lets one request end; requests from id 1000 on need none.
     gate: Arc<Semaphore>,
@@ -286,7 +288,7 @@ impl Engine for Gated {
             fast_zero: true,
             rotational: false,
             identity: gated_volume(),
-            epoch: Epoch::new(7),
+            epoch: self.epoch,
             run_since: Epoch::new(5),
             on_unavailable: OnUnavailable::Wait,
         }
@@ -318,12 +320,10 @@ impl Engine for Gated {
                 gate.acquire().await.expect("open").forget();
             }
             log.lock().expect("unpoisoned").push(("end", id));
-            match request.op {
-                BlockOp::Read => {
-                    Ok(EngineAnswer::Data(vec![vec![0xaa; request.range.length() as usize].into()]))
-                }
-                _ => Ok(EngineAnswer::Done),
-            }
+            Ok(match request.op {
+                BlockOp::Read => EngineAnswer::Data(vec![vec![7; request.range.length() as usize].into()]),
+                _ => EngineAnswer::Done,
+            })
         })
     }
 
@@ -339,7 +339,7 @@ impl Opener for One {
         let (log, gate) = (Arc::clone(&self.0.log), Arc::clone(&self.0.gate));
         let (over, proofs) = (Arc::clone(&self.0.over), Arc::clone(&self.0.proofs));
         let (renamed, away) = (Arc::clone(&self.0.renamed), Arc::clone(&self.0.away));
-        let size = Arc::clone(&self.0.size);
+        let (size, epoch) = (Arc::clone(&self.0.size), self.0.epoch);
         let standing = match over.swap(false, Ordering::AcqRel) {
             true => watch::Sender::new(Standing { size: SIZE, lost: false }),
             false => self.0.standing.clone(),
@@ -349,7 +349,8 @@ impl Opener for One {
                 log.lock().expect("unpoisoned").push(("away", 0));
                 return Err(OpenError::Unavailable("away".to_owned()));
             }
-            Ok(Arc::new(Gated { log, gate, standing, over, renamed, proofs, away, size }) as Arc<dyn Engine>)
+            let engine = Gated { epoch, log, gate, standing, over, renamed, proofs, away, size };
+            Ok(Arc::new(engine) as Arc<dyn Engine>)
         })
     }
 
@@ -365,12 +366,16 @@ struct Bench {
 
 impl Bench {
     fn new(requests: usize, grace: Duration) -> Self {
+        Self::of_epoch(Epoch::new(7), requests, grace)
+    }
+
+    fn of_epoch(epoch: Epoch, requests: usize, grace: Duration) -> Self {
         let standing = watch::Sender::new(Standing { size: SIZE, lost: false });
         let (log, gate, over) = (Arc::default(), Arc::new(Semaphore::new(0)), Arc::default());
         let proofs = Arc::new(Semaphore::new(1000));
         let (renamed, away) = (Arc::default(), Arc::default());
         let size = Arc::new(AtomicU64::new(SIZE));
-        let engine = Arc::new(Gated { log, gate, standing, over, renamed, proofs, away, size });
+        let engine = Arc::new(Gated { epoch, log, gate, standing, over, renamed, proofs, away, size });
         let metrics = Arc::new(Metrics::new(&mut Default::default()));
         let leaving = CancellationToken::new();
         let limits = SessionLimits { requests, bytes: 64 << 20, grace };

@@ -4,10 +4,12 @@ use super::*;
 use crate::link::ring::{Freeze, Frozen};
 use crate::upgrade::Reopening;
 use crate::watchdog::progress;
+use futures_util::FutureExt;
 use spline_link::memory::SharedMemory;
 use spline_link::ring::{ENTRIES, NebdRing, Piece, RingAnswer, RingFds};
 use spline_link::{FEATURE_RING, passing};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::pin::pin;
 use std::time::Instant;
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
@@ -372,28 +374,58 @@ async fn freeze(bench: &Bench, drain_limit: Duration) -> Option<Frozen> {
     tokio::time::timeout(PATIENCE, frozen).await.expect("in time").ok()
 }
 
-#[tokio::test]
-async fn a_link_is_given_away_and_gone_on_with() {
-    let bench = Bench::new(64, Duration::from_secs(60));
+/// What can be under way when a link is given away. No lane has any of it here, and none ever has the last three.
+const EACH: [BlockOp; 6] = [
+    BlockOp::Read,
+    BlockOp::Write,
+    BlockOp::Flush,
+    BlockOp::Discard,
+    BlockOp::WriteZeroes { no_hole: false, fast: false },
+    BlockOp::WriteZeroes { no_hole: true, fast: false },
+];
+
+/// An operation of 512 bytes with an id, and where its data lies.
+fn small(id: u64, op: BlockOp) -> (BlockRequest, Vec<Piece>) {
+    let length = if op == BlockOp::Flush { 0 } else { 512 };
+    let pieces = if op.carries_data() { vec![piece(0, 0, 512)] } else { Vec::new() };
+    (request(id, op, 0, length), pieces)
+}
+
+/// A link on which each operation is under way, with ids from 1 on.
+async fn busy(bench: &Bench) -> RingNebd {
     let (ours, theirs) = UnixStream::pair().expect("a pair");
     tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
     let mut nebd = RingNebd::open(ours, "volume").await;
-    for id in [1, 2, 1003] {
-        nebd.push(&request(id, BlockOp::Write, 0, 512), &[piece(0, 0, 512)]);
+    for (id, op) in (1..).zip(EACH) {
+        let (request, pieces) = small(id, op);
+        nebd.push(&request, &pieces);
     }
     nebd.ring.publish();
+    bench.until(|log| (1..).zip(EACH).all(|(id, _)| log.contains(&("start", id)))).await;
+    nebd
+}
+
+#[tokio::test]
+async fn a_link_is_given_away_and_gone_on_with() {
+    let bench = Bench::new(64, Duration::from_secs(60));
+    let mut nebd = busy(&bench).await;
+    nebd.push(&request(1003, BlockOp::Write, 0, 512), &[piece(0, 0, 512)]);
+    nebd.ring.publish();
     assert_eq!(nebd.next().await.id.get(), 1003);
-    bench.until(|log| log.contains(&("start", 2))).await;
     let frozen = freeze(&bench, Duration::from_millis(50)).await.expect("is given away");
-    assert_eq!((frozen.withdrawn, frozen.position.taken, frozen.position.answered), (2, 3, 3));
+    assert_eq!((frozen.withdrawn, frozen.position.taken, frozen.position.answered), (6, 7, 7));
     assert!(frozen.stopped <= Instant::now());
     // What comes meanwhile waits in the ring, and a region in the socket.
     nebd.push(&request(1004, BlockOp::Write, 0, 512), &[piece(1, 0, 512)]);
     nebd.ring.publish();
     let more = SharedMemory::create("more", 4096).expect("creates");
     passing::send(nebd.control.stream.as_fd(), &region_frame(1, 0, 4096), &[more.fd()]).expect("sends");
-    let withdrawn = [nebd.next().await, nebd.next().await];
-    assert!(withdrawn.iter().all(|answer| answer.completion == Completion::Withdrawn), "{withdrawn:?}");
+    for (id, op) in (1..).zip(EACH) {
+        let answer = nebd.next().await;
+        assert_eq!((answer.id.get(), answer.completion), (id, Completion::Withdrawn), "{op:?}");
+    }
+    // They could end now, if anybody still had them.
+    bench.engine.gate.add_permits(EACH.len());
     let session = Arc::clone(bench.links.registry.sessions().first().expect("is open"));
     let (begun, hears) = oneshot::channel();
     tokio::spawn(go_on(frozen, session, Arc::clone(&bench.links), begun));
@@ -401,12 +433,41 @@ async fn a_link_is_given_away_and_gone_on_with() {
     assert_eq!(nebd.control.next().await, Some((Message::Renewed { epoch: Epoch::new(7) }, Vec::new())));
     assert_eq!(nebd.control.next().await, Some((Message::Resized { size: SIZE }, Vec::new())));
     assert_eq!(nebd.next().await.id.get(), 1004);
-    bench.engine.gate.add_permits(2);
-    for id in [1, 2] {
-        assert_eq!(nebd.ask(id, BlockOp::Write, 0, 512, &[piece(0, 0, 512)]).await, DONE);
+    for (id, op) in (1..).zip(EACH) {
+        let (request, pieces) = small(id, op);
+        assert_eq!(nebd.ask(id, op, 0, request.range.length(), &pieces).await, DONE, "{op:?}");
     }
+    assert_eq!((nebd.ring.pop().expect("valid"), nebd.ring.unanswered()), (None, 0), "complete_once");
     nebd.control.send(Message::Detach, &[]).await;
     nebd.is_cut().await;
+}
+
+/// Nobody fences what a file's old process still does: its operations end before the link is another's.
+#[tokio::test]
+async fn a_link_to_a_file_is_given_away_when_what_it_does_has_ended() {
+    let file = Bench::of_epoch(Epoch::new(0), 64, Duration::from_secs(60));
+    let mut nebd = busy(&file).await;
+    let mut given_away = pin!(freeze(&file, Duration::ZERO));
+    assert!(given_away.as_mut().now_or_never().is_none(), "the order is given");
+    // A link of the cluster that is told later, and has as long, is given away by now.
+    let cluster = Bench::new(64, Duration::from_secs(60));
+    let _other = busy(&cluster).await;
+    assert_eq!(freeze(&cluster, Duration::ZERO).await.expect("is given away").withdrawn, EACH.len());
+    assert!(given_away.as_mut().now_or_never().is_none(), "it is waited for");
+    assert_eq!(nebd.ring.pop().expect("valid"), None);
+    file.engine.gate.add_permits(EACH.len());
+    let frozen = given_away.await.expect("is given away");
+    let all = EACH.len() as u64;
+    assert_eq!((frozen.withdrawn, frozen.position.taken, frozen.position.answered), (0, all, all));
+    let mut answered = Vec::new();
+    while let Some(answer) = nebd.ring.pop().expect("valid") {
+        assert_eq!((answer.completion, answer.payload), DONE);
+        answered.push(answer.id.get());
+    }
+    answered.sort_unstable();
+    assert_eq!(answered, (1..=all).collect::<Vec<_>>(), "complete_once");
+    let ended = file.log().iter().filter(|(what, _)| *what == "end").count();
+    assert_eq!(ended, EACH.len());
 }
 
 /// An upgrade was given up, and nobody knows which epoch is the newest.
@@ -420,7 +481,7 @@ async fn what_is_read_for_a_nebd_that_has_left_goes_nowhere() {
     bench.engine.gate.add_permits(1);
     assert_eq!(nebd.ask(1, BlockOp::Read, 0, 512, &[piece(0, 0, 512)]).await, DONE);
     nebd.memory.read(0, &mut found).expect("fits");
-    assert_eq!(found, [0xaa; 512], "as long as it is there");
+    assert_eq!(found, [7; 512], "as long as it is there");
     nebd.push(&request(2, BlockOp::Read, 0, 512), &[piece(0, 512, 512)]);
     nebd.ring.publish();
     bench.until(|log| log.contains(&("start", 2))).await;

@@ -339,7 +339,7 @@ mod model {
         fn new() -> Self {
             let counters = [0, 1, 8, 16, 24, 32, 40, 48];
             let ids = (0..2).map(|place| CELL_REQUESTS + place * SUBMISSION_CELLS);
-            let answers = (0..2).map(|place| CELL_REQUESTS + 2 * SUBMISSION_CELLS + place * ANSWER_CELLS);
+            let answers = (0..2 * ANSWER_CELLS).map(|cell| CELL_REQUESTS + 2 * SUBMISSION_CELLS + cell);
             let all = counters.into_iter().chain(ids).chain(answers);
             Self(LoomArc::new(all.map(|cell| (cell, LoomU64::new(0))).collect()))
         }
@@ -396,33 +396,58 @@ mod model {
         BlockRequest { id: RequestId::new(id), op: BlockOp::Flush, range: ByteRange::EMPTY, fua: false }
     }
 
-    /// nebd asks for `count` things, a place at a time, empties its bell before it says that it sleeps, and both sides sleep whenever
-    /// they may: if a bell were lost, loom would find the deadlock; if an order were too weak, a stale id.
+    /// Nebd's bell is the second.
+    type Bells = LoomArc<(Bell, Bell)>;
+
+    /// A gateway that takes requests until it has `until` of them, and sleeps whenever it may. Each that it takes is `noted`, and
+    /// answered at once if it `answers`.
+    fn serve(
+        gateway: &mut GatewayEnd<LoomCells>,
+        bells: &Bells,
+        until: u64,
+        answers: bool,
+        noted: &mut Vec<u64>,
+    ) {
+        let mut list = Vec::new();
+        while gateway.position().taken < until {
+            match gateway.pop(&mut list).expect("valid") {
+                Some(request) => {
+                    noted.push(request.id.get());
+                    if answers {
+                        gateway.push(&done(request.id.get())).expect("room");
+                    }
+                    if gateway.publish() {
+                        bells.1.ring();
+                    }
+                }
+                None if gateway.sleep().expect("valid") => {
+                    bells.0.wait();
+                    gateway.wake();
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// nebd waits for an answer: it empties its bell before it says that it sleeps.
+    fn await_answer(nebd: &mut NebdEnd<LoomCells>, bells: &Bells) {
+        bells.1.empty();
+        if nebd.sleep().expect("valid") {
+            bells.1.wait();
+            nebd.wake();
+        }
+    }
+
+    /// nebd asks for `count` things, a place at a time, and both sides sleep whenever they may: if a bell were lost, loom would find
+    /// the deadlock; if an order were too weak, a stale id.
     fn run(count: u64) {
         let cells = LoomCells::new();
         let mut nebd = NebdEnd::new(cells.clone(), TINY);
-        let bells = LoomArc::new((Bell::default(), Bell::default()));
+        let bells = Bells::default();
         let gateway = loom::thread::spawn({
-            let bells = LoomArc::clone(&bells);
+            let bells = Bells::clone(&bells);
             let mut gateway = GatewayEnd::new(cells, TINY, Position::default()).expect("ours");
-            move || {
-                let mut list = Vec::new();
-                while gateway.position().answered < count {
-                    match gateway.pop(&mut list).expect("valid") {
-                        Some(request) => {
-                            gateway.push(&done(request.id.get())).expect("room");
-                            if gateway.publish() {
-                                bells.1.ring();
-                            }
-                        }
-                        None if gateway.sleep().expect("valid") => {
-                            bells.0.wait();
-                            gateway.wake();
-                        }
-                        None => {}
-                    }
-                }
-            }
+            move || serve(&mut gateway, &bells, count, true, &mut Vec::new())
         });
         let (mut asked, mut heard) = (0, 0);
         while heard < count {
@@ -438,16 +463,83 @@ mod model {
                     assert_eq!(answer.id.get(), 100 + heard);
                     heard += 1;
                 }
-                None => {
-                    bells.1.empty();
-                    if nebd.sleep().expect("valid") {
-                        bells.1.wait();
-                        nebd.wake();
-                    }
-                }
+                None => await_answer(&mut nebd, &bells),
             }
         }
         gateway.join().expect("ends");
+    }
+
+    /// Where the old process of an upgrade stops.
+    #[derive(Clone, Copy, Debug)]
+    struct Stop {
+        answered: u64,
+        /// Taken after those; they are withdrawn.
+        held: u64,
+        /// It has said that it sleeps, unless it saw a request then.
+        asleep: bool,
+    }
+
+    /// As the gateway's link does it: the old process withdraws what it has taken, shows that (`RingLink::freeze`) and gives its
+    /// position away; the next one goes on from there (`link::go_on`) and looks before it sleeps. Both are one thread here, because
+    /// what the one has done happens before it passes the link on. Which requests they took.
+    fn freeze_and_go_on(cells: LoomCells, bells: &Bells, count: u64, stop: Stop) -> Vec<u64> {
+        let mut taken = Vec::new();
+        let mut old = GatewayEnd::new(cells.clone(), TINY, Position::default()).expect("ours");
+        serve(&mut old, bells, stop.answered, true, &mut taken);
+        serve(&mut old, bells, stop.answered + stop.held, false, &mut taken);
+        if stop.asleep {
+            // The order to freeze comes instead of a bell, which nobody answers any more.
+            let _ = old.sleep().expect("valid");
+        }
+        for id in &taken[stop.answered as usize..] {
+            old.push(&RingAnswer { completion: Completion::Withdrawn, ..done(*id) }).expect("room");
+        }
+        if old.publish() {
+            bells.1.ring();
+        }
+        let mut new = GatewayEnd::new(cells, TINY, old.position()).expect("ours");
+        new.wake();
+        serve(&mut new, bells, count + stop.held, true, &mut taken);
+        taken
+    }
+
+    /// nebd asks for `count` things and once more for what was withdrawn, which it does at once: it does not know whether anybody
+    /// is there. Whatever is lost between the two processes, loom finds as a deadlock.
+    fn run_over(count: u64, stop: Stop) {
+        let cells = LoomCells::new();
+        let mut nebd = NebdEnd::new(cells.clone(), TINY);
+        let bells = Bells::default();
+        let gateways = loom::thread::spawn({
+            let bells = Bells::clone(&bells);
+            move || freeze_and_go_on(cells, &bells, count, stop)
+        });
+        let mut to_ask: Vec<u64> = (100..100 + count).rev().collect();
+        let (mut asked, mut answered, mut withdrawn) = (Vec::new(), Vec::new(), Vec::new());
+        while answered.len() < count as usize {
+            while nebd.has_room(0).expect("valid")
+                && let Some(id) = to_ask.pop()
+            {
+                nebd.push(&flush(id), &[]);
+                asked.push(id);
+                if nebd.publish() {
+                    bells.0.ring();
+                }
+            }
+            match nebd.pop().expect("valid") {
+                Some(RingAnswer { id, completion: Completion::Withdrawn, .. }) => {
+                    withdrawn.push(id.get());
+                    to_ask.push(id.get());
+                }
+                Some(answer) => answered.push(answer.id.get()),
+                None => await_answer(&mut nebd, &bells),
+            }
+        }
+        let taken = gateways.join().expect("ends");
+        assert_eq!(taken, asked, "each is taken once");
+        answered.sort_unstable();
+        assert_eq!(answered, (100..100 + count).collect::<Vec<_>>(), "each is answered once");
+        assert_eq!(withdrawn.len() as u64, stop.held);
+        assert_eq!((nebd.pop().expect("valid"), nebd.unanswered()), (None, 0));
     }
 
     #[test]
@@ -455,6 +547,17 @@ mod model {
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(3);
         model.check(|| run(3));
+    }
+
+    #[test]
+    fn no_interleaving_loses_anything_between_two_processes_of_a_gateway() {
+        for (count, answered, held) in [(3, 0, 0), (3, 1, 0), (2, 0, 1), (2, 1, 1), (2, 0, 2)] {
+            for asleep in [false, true] {
+                let mut model = loom::model::Builder::new();
+                model.preemption_bound = Some(2);
+                model.check(move || run_over(count, Stop { answered, held, asleep }));
+            }
+        }
     }
 
     /// The model finds what it is there for: with the fence between showing and looking taken away both sides sleep.
