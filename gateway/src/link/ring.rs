@@ -25,7 +25,7 @@ use crate::session::{Membership, Session};
 use crate::shared::{Regions, SharedData};
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use requests::{Ongoing, Requests};
+use requests::{NotDone, Ongoing, Requests};
 use spline_link::Message;
 use spline_link::ring::{GatewayRing, Piece, Position, RingFds};
 use spline_types::{BlockRequest, Fault};
@@ -79,7 +79,7 @@ pub(crate) struct Frozen {
 }
 
 /// What is answered to a request that was not the lane's: bytes of extents, or why not.
-type Answer = (u32, Result<u32, Fault>);
+type Answer = (u32, Result<u32, NotDone>);
 
 pub(super) struct RingLink {
     control: Control,
@@ -364,7 +364,7 @@ impl RingLink {
             // All of them leave the table, whether nebd can be told or not: a link that winds up waits for those in it.
             let mut told = Ok(());
             for (ticket, result) in ended.drain(..) {
-                let answered = self.answer(ticket, result.map(|()| 0), now);
+                let answered = self.answer(ticket, result.map(|()| 0).map_err(NotDone::Fault), now);
                 self.deaf |= answered.is_err();
                 told = told.and(answered);
             }
@@ -380,24 +380,31 @@ impl RingLink {
         Ok(any)
     }
 
-    fn answer(&mut self, ticket: u32, result: Result<u32, Fault>, now: Instant) -> Result<(), Breach> {
+    fn answer(&mut self, ticket: u32, result: Result<u32, NotDone>, now: Instant) -> Result<(), Breach> {
         let Some(ongoing) = self.requests.remove(ticket) else {
             tracing::error!(ticket, "engine ended a request that it was not given");
             return Ok(());
         };
-        // Whoever takes over while this gateway leaves has fenced it: the request is withdrawn, nebd sends it again.
-        let withdrawn = result == Err(Fault::Fenced) && self.session.withdraws();
+        let result = match result {
+            // Whoever takes over while this gateway leaves has fenced it: the request is withdrawn, nebd sends it again.
+            Err(NotDone::Fault(Fault::Fenced)) if self.session.withdraws() => None,
+            Err(NotDone::Left) => None,
+            Err(NotDone::Fault(fault)) => Some(Err(fault)),
+            Ok(payload) => Some(Ok(payload)),
+        };
         let request = ongoing.request;
         let (bytes, took) = (super::data_of(&request).into(), now.saturating_duration_since(ongoing.since));
-        match withdrawn {
-            true => self.metrics.dropped(request.op, bytes),
-            false => self.metrics.ended(request.op, bytes, result.err(), took),
+        match result {
+            None => self.metrics.dropped(request.op, bytes),
+            Some(result) => self.metrics.ended(request.op, bytes, result.err(), took),
         }
         if self.deaf {
             return Ok(());
         }
-        let answer =
-            if withdrawn { requests::withdrawn(request.id) } else { requests::answer(request.id, result) };
+        let answer = match result {
+            None => requests::withdrawn(request.id),
+            Some(result) => requests::answer(request.id, result),
+        };
         Ok(self.ring.push(&answer)?)
     }
 

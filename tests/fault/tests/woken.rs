@@ -166,13 +166,15 @@ fn replaced_under_a_guest() -> anyhow::Result<()> {
     let load = GuestLoad::start(&export.socket, History::new(workload::BLOCKS), 1);
     load.wait_for_progress(PROGRESS)?;
     rig.gateway().stop()?;
+    let closed = |log: &str| log.matches("link is closed").count();
+    let before = closed(&rig.gateway().log()?);
     let Rig::Cluster(cluster) = &rig else { unreachable!("made above") };
     let _again = replace_by_hand(cluster)?;
     load.wait_for_progress(PROGRESS)?;
     std::thread::sleep(sleep());
     rig.gateway().cont()?;
     wait_until("the old one to have let go of its links", RECOVERY_LIMIT, || {
-        Ok(rig.gateway().log()?.contains("link is closed").then_some(()))
+        Ok((closed(&rig.gateway().log()?) > before).then_some(()))
     })?;
     load.wait_for_progress(PROGRESS)?;
     load.finish().map(drop)

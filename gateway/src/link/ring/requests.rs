@@ -26,6 +26,20 @@ pub(super) struct Ongoing {
     pub(super) since: Instant,
 }
 
+/// Why a request was not carried out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum NotDone {
+    Fault(Fault),
+    /// nebd has left, and will send it again.
+    Left,
+}
+
+impl From<Fault> for NotDone {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
 /// Requests by ticket.
 #[derive(Default)]
 pub(super) struct Requests {
@@ -84,14 +98,14 @@ impl Requests {
 /// and the memory be of another use.
 ///
 /// # Errors
-/// The engine's; `Internal` if the memory has vanished, or nebd has.
+/// The engine's; `Internal` if the memory has vanished; or that nebd has left.
 pub(super) async fn execute(
     session: &Session,
     buffers: &BufferPool,
     socket: &Weak<OwnedFd>,
     request: BlockRequest,
     data: SharedData,
-) -> Result<u32, Fault> {
+) -> Result<u32, NotDone> {
     let payload = match request.op {
         BlockOp::Write if data.len() > 0 => {
             let mut buffer = buffers.take(data.len());
@@ -100,16 +114,12 @@ pub(super) async fn execute(
         }
         _ => Bytes::new(),
     };
-    let answer = fitting(&request, session.engine.execute(request, payload).await?)?;
-    if !matches!(answer, EngineAnswer::Done) && hung_up(socket) {
-        return Err(Fault::Internal);
-    }
-    match answer {
+    match fitting(&request, session.engine.execute(request, payload).await?)? {
         EngineAnswer::Done => Ok(0),
         EngineAnswer::Data(parts) => {
             let mut at = 0;
             for part in parts {
-                data.copy_in(at, &part).map_err(|_| Fault::Internal)?;
+                bring(&data, socket, at, &part)?;
                 at += part.len();
             }
             Ok(0)
@@ -117,10 +127,18 @@ pub(super) async fn execute(
         EngineAnswer::Extents(list) => {
             let fit = data.len() / extents::EXTENT_BYTES;
             let bytes = extents::encode(&list[..list.len().min(fit)]);
-            data.copy_in(0, &bytes).map_err(|_| Fault::Internal)?;
+            bring(&data, socket, 0, &bytes)?;
             // At most `EXTENTS_MAX` of twelve bytes.
             Ok(bytes.len() as u32)
         }
+    }
+}
+
+/// Copies what was read to where nebd wants it, if it is still there.
+fn bring(data: &SharedData, socket: &Weak<OwnedFd>, at: usize, part: &[u8]) -> Result<(), NotDone> {
+    match hung_up(socket) {
+        true => Err(NotDone::Left),
+        false => data.copy_in(at, part).map_err(|_| Fault::Internal.into()),
     }
 }
 

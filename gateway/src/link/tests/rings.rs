@@ -470,7 +470,25 @@ async fn a_link_to_a_file_is_given_away_when_what_it_does_has_ended() {
     assert_eq!(ended, EACH.len());
 }
 
-/// An upgrade was given up, and nobody knows which epoch is the newest.
+#[tokio::test]
+async fn what_is_read_when_the_connection_is_cut_is_not_a_failure() {
+    let bench = Bench::new(64, Duration::from_secs(60));
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let cut = theirs.as_fd().try_clone_to_owned().expect("clones");
+    let served = tokio::spawn(serve(theirs, Arc::clone(&bench.links)));
+    let mut nebd = RingNebd::open(ours, "volume").await;
+    nebd.push(&request(1, BlockOp::Read, 0, 512), &[piece(0, 0, 512)]);
+    nebd.ring.publish();
+    bench.until(|log| log.contains(&("start", 1))).await;
+    // The read has ended before the link hears that its connection has.
+    bench.engine.gate.add_permits(1);
+    rustix::net::shutdown(&cut, rustix::net::Shutdown::Both).expect("is cut");
+    served.await.expect("ends");
+    // A nebd that lives takes what was answered, and sends the rest again.
+    let answer = nebd.ring.pop().expect("valid");
+    assert!(answer.as_ref().is_none_or(|answer| answer.completion == Completion::Withdrawn), "{answer:?}");
+}
+
 #[tokio::test]
 async fn what_is_read_for_a_nebd_that_has_left_goes_nowhere() {
     let bench = Bench::new(64, Duration::from_secs(60));
@@ -494,6 +512,7 @@ async fn what_is_read_for_a_nebd_that_has_left_goes_nowhere() {
     assert_eq!(found, [0; 512], "the memory may be of another use by now");
 }
 
+/// An upgrade was given up, and nobody knows which epoch is the newest.
 #[tokio::test]
 async fn a_link_goes_over_to_a_session_that_is_opened_anew_and_is_served_until_then() {
     let bench = Bench::new(64, Duration::from_secs(60));
