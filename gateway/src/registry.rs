@@ -33,8 +33,31 @@ type Slot = tokio::sync::Mutex<Option<Arc<Session>>>;
 #[derive(Default)]
 struct Slots {
     by_name: HashMap<VolumeName, Arc<Slot>>,
-    /// Nothing is opened or closed, and these are the sessions: see [`Held`].
-    held: Option<Vec<Arc<Session>>>,
+    /// Nothing is opened or closed any more, and so it stands: see [`Held`].
+    held: Option<Listed>,
+}
+
+/// The volumes of a registry, for operators and the watchdog.
+#[derive(Clone, Default)]
+pub(crate) struct Listed {
+    /// Open sessions.
+    pub(crate) sessions: Vec<Arc<Session>>,
+    /// What is just being opened or closed.
+    pub(crate) busy: Vec<VolumeName>,
+}
+
+impl Slots {
+    /// Looks at each slot; the lock on all of them keeps others from looking at the same time.
+    fn list(&self) -> Listed {
+        let mut listed = Listed::default();
+        for (name, slot) in &self.by_name {
+            match slot.try_lock() {
+                Ok(session) => listed.sessions.extend(session.clone()),
+                Err(_) => listed.busy.push(name.clone()),
+            }
+        }
+        listed
+    }
 }
 
 /// Limits of each session.
@@ -278,24 +301,15 @@ impl Registry {
         self.engines.stop();
     }
 
-    /// The sessions that are open; one that is just being opened or closed is left out.
-    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
-        let slots: Vec<Arc<Slot>> = {
-            let slots = self.slots();
-            if let Some(held) = &slots.held {
-                return held.clone();
-            }
-            slots.by_name.values().cloned().collect()
-        };
-        slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone()).collect()
+    /// What there is now; while an upgrade holds all still, what there was when it began to.
+    pub(crate) fn listed(&self) -> Listed {
+        let slots = self.slots();
+        slots.held.clone().unwrap_or_else(|| slots.list())
     }
 
-    /// The volumes that are being opened or closed, as far as an upgrade does not hold them still.
-    pub(crate) fn busy(&self) -> Vec<VolumeName> {
-        let slots = self.slots();
-        let is_busy =
-            |(name, slot): (&VolumeName, &Arc<Slot>)| slot.try_lock().is_err().then(|| name.clone());
-        if slots.held.is_some() { Vec::new() } else { slots.by_name.iter().filter_map(is_busy).collect() }
+    /// The sessions that are open; one that is just being opened or closed is left out.
+    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
+        self.listed().sessions
     }
 }
 

@@ -98,9 +98,10 @@ impl GatewayService for Service {
         &self,
         _: Request<pb::GatewayStatusRequest>,
     ) -> Result<Response<pb::GatewayStatusReply>, Status> {
-        let mut sessions: Vec<_> = self.registry.sessions().iter().map(|session| shown(session)).collect();
+        let listed = self.registry.listed();
+        let mut sessions: Vec<_> = listed.sessions.iter().map(|session| shown(session)).collect();
         sessions.sort_by(|a, b| a.volume.cmp(&b.volume));
-        let mut busy: Vec<_> = self.registry.busy().iter().map(ToString::to_string).collect();
+        let mut busy: Vec<_> = listed.busy.iter().map(ToString::to_string).collect();
         busy.sort();
         Ok(Response::new(pb::GatewayStatusReply {
             id: self.id.clone(),

@@ -3,7 +3,7 @@
 //!
 //! Called by the upgrade. Whoever wants such a volume waits for its slot.
 
-use super::{Registry, Session};
+use super::{Listed, Registry, Session};
 use crate::engine::{Engine, OpenError};
 use spline_types::VolumeName;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl Registry {
     pub(crate) async fn hold(self: &Arc<Self>, until: Instant) -> Result<Held, VolumeName> {
         let slots: Vec<_> = {
             let mut slots = self.slots();
-            slots.held = Some(Vec::new());
+            slots.held = Some(slots.list());
             slots.by_name.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect()
         };
         // From here on, so that it lets go however this ends.
@@ -48,7 +48,8 @@ impl Registry {
                 None => held._empty.push(slot),
             }
         }
-        self.slots().held = Some(held.sessions.iter().map(|held| Arc::clone(&held.session)).collect());
+        let sessions = held.sessions.iter().map(|held| Arc::clone(&held.session)).collect();
+        self.slots().held = Some(Listed { sessions, busy: Vec::new() });
         Ok(held)
     }
 

@@ -479,6 +479,12 @@ async fn a_volume_whose_opening_hangs_is_named() {
     let sessions = lab.old.registry.sessions();
     let stuck = sessions.iter().find(|session| session.name.to_string() == "stuck").expect("is served");
     let busy = lab.old.registry.hold_one(stuck).await.expect("is served");
+    {
+        let mut held = std::pin::pin!(lab.old.registry.hold(soon()));
+        assert!((&mut held).now_or_never().is_none(), "waits for it");
+        let listed = lab.old.registry.listed();
+        assert_eq!((listed.sessions.len(), listed.busy), (1, vec!["stuck".parse().expect("a name")]));
+    }
     let refused =
         lab.hand_over.prepare(&lab.channel, Instant::now()).await.map(drop).expect_err("is given up");
     assert!(refused.1.to_string().contains("volume=stuck"), "{}", refused.1);
