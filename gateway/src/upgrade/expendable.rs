@@ -1,5 +1,5 @@
-//! Which of two processes the kernel is to kill for want of memory: the new one, as long as the old one serves. The old one has
-//! more memory, so that by itself the kernel would choose that.
+//! Which process the kernel is to kill for want of memory: the new one, as long as the old one serves. The old one has more memory,
+//! guests' own that it has touched included, so that by itself the kernel would choose that.
 //!
 //! Called by the gateway's start. Must not know what an upgrade is.
 
@@ -7,8 +7,8 @@ use std::io;
 
 /// What the kernel is told of this process, -1000 to 1000 (proc_pid_oom_score_adj(5)).
 const SCORE: &str = "/proc/self/oom_score_adj";
-/// As if a fifth of the machine's memory were this process's: more than the old one has beyond what the new one has.
-const MORE: i32 = 200;
+/// As if all of the machine's memory were this process's: no process has more. Guests, with the usual score, are spared by it too.
+const MORE: i32 = 1000;
 /// The kernel knows none above.
 const SCORE_MAX: i32 = 1000;
 

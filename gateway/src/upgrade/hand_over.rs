@@ -110,10 +110,9 @@ impl HandOver {
     pub(crate) async fn run(&self, binary: Option<PathBuf>) -> Result<Upgraded, UpgradeError> {
         let one = self.one.try_lock().ok().filter(|_| self.outcome.borrow().is_none());
         let Some(_one) = one else { return Err(self.refused(UpgradeError::Busy)) };
-        let until = Instant::now() + self.upgrade_limit;
-        let binary = self.may_begin(binary, until).await.map_err(|error| self.refused(error))?;
+        let binary = self.may_begin(binary).await.map_err(|error| self.refused(error))?;
         info!(binary = %binary.display(), "upgrade begins");
-        let result = self.replace(&binary, until).await;
+        let result = self.replace(&binary, Instant::now() + self.upgrade_limit).await;
         match &result {
             Ok(upgraded) => {
                 self.metrics.upgrade_ended("done");
@@ -140,8 +139,8 @@ impl HandOver {
     }
 
     /// The binary to start, once the sessions of the last upgrade are as they were.
-    async fn may_begin(&self, binary: Option<PathBuf>, until: Instant) -> Result<PathBuf, UpgradeError> {
-        timeout_at(until.into(), self.reopening.ended()).await.map_err(|_| UpgradeError::Reopening)?;
+    async fn may_begin(&self, binary: Option<PathBuf>) -> Result<PathBuf, UpgradeError> {
+        timeout(self.upgrade_limit, self.reopening.ended()).await.map_err(|_| UpgradeError::Reopening)?;
         let Some(binary) = binary else { return Ok(self.launch.binary.clone()) };
         launch::check(&binary).map_err(UpgradeError::Binary)?;
         Ok(binary)

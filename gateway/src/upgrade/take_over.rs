@@ -23,13 +23,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 /// Sessions that are opened at once: each costs the metadata server a log entry.
 const PARALLEL: usize = 16;
-/// Time for a link's thread to begin with it, which takes microseconds; the old process waits a few seconds for all of them.
+/// Time for the threads of all links to begin with them, which takes milliseconds; the old process waits a few seconds.
 const BEGIN_LIMIT: Duration = Duration::from_secs(1);
 /// Sessions that are believed in: what a registry holds at most.
 const SESSIONS_MAX: usize = 4096;
@@ -243,8 +243,10 @@ impl Entering {
 
     /// What is gone on with by now, once every link has begun or failed.
     async fn taken(&mut self, metrics: &Metrics) -> Taken {
+        let until = Instant::now() + BEGIN_LIMIT;
         for heard in self.beginning.drain(..) {
-            if let Ok(Ok(pause)) = timeout(BEGIN_LIMIT, heard).await {
+            // One that has begun is heard, however late.
+            if let Ok(Ok(pause)) = timeout_at(until, heard).await {
                 metrics.upgrade_pause.observe(pause.as_secs_f64());
                 metrics.links_taken_over.inc();
                 self.taken.links += 1;

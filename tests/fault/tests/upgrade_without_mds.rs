@@ -9,7 +9,7 @@ use std::path::Path;
 
 /// Answers to see before and after each step.
 const PROGRESS: u64 = 100;
-/// Each part of the upgrade may take so long.
+/// Up to the commit an upgrade may take so long.
 const LIMIT: &str = "upgrade_limit = \"4s\"\n";
 
 fn refused<T: std::fmt::Debug>(outcome: anyhow::Result<T>) -> anyhow::Result<String> {

@@ -20,14 +20,14 @@ const SCRIPT: &str = "#!/bin/bash
 exec -a /usr/bin/spline-gateway $PLACE/real \"$@\"
 ";
 /// What a new process may take, so that one that hangs does not take long.
-const CONFIG: &str = "upgrade_limit = \"3s\"\n";
+const CONFIG: &str = "upgrade_limit = \"6s\"\n";
 
 /// Builds that fail before the commit, and what the reason must name. Kinds of messages: 5 sockets, the first one after the proof;
 /// 9 prepared.
 const BEFORE: [(&str, &[&str]); 3] = [
     ("dies-at-5", &["phase=preparation", "exit status: 3"]),
     ("panics-at-5", &["phase=preparation", "exit status: 101", "a build that panics"]),
-    ("hangs-at-9", &["phase=preparation", "did not get so far in time: limit=3s"]),
+    ("hangs-at-9", &["phase=preparation", "did not get so far in time: limit=6s"]),
 ];
 
 /// Builds that fail after it: 10 commit, 11 yours.
