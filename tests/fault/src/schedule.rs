@@ -3,10 +3,12 @@
 //! Pure. Called by the test that carries the steps out. A schedule leaves at most one chunkserver away at a time, and not for
 //! long: there is always a majority, so that every request is answered in the end.
 
+use crate::workload::Wait;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use spline_harness::Stalls;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Chunkservers of the cluster.
 const CHUNKSERVERS: usize = 3;
@@ -71,6 +73,46 @@ pub struct Planned {
 impl fmt::Display for Planned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "after {} answers: {:?}", self.answers, self.step)
+    }
+}
+
+/// What each step has cost: the longest wait of a client that passed, for its most part, between this step and the next. Of two
+/// steps at once the second one has what both have cost.
+#[derive(Debug, Default)]
+pub struct Costs(Vec<(Instant, Step, Duration)>);
+
+impl Costs {
+    /// A step begins.
+    pub fn begin(&mut self, at: Instant, step: Step) {
+        self.0.push((at, step, Duration::ZERO));
+    }
+
+    /// A client has waited.
+    pub fn add(&mut self, wait: Wait) {
+        let mut next = wait.since + wait.time;
+        let mut most = (Duration::ZERO, None);
+        for (at, _, cost) in self.0.iter_mut().rev() {
+            let shared = next.saturating_duration_since(wait.since.max(*at));
+            if shared > most.0 {
+                most = (shared, Some(cost));
+            }
+            next = next.min(*at);
+            if *at <= wait.since {
+                break;
+            }
+        }
+        if let Some(cost) = most.1 {
+            *cost = wait.time.max(*cost);
+        }
+    }
+
+    /// By kind of step.
+    pub fn stalls(&self) -> Stalls {
+        let mut stalls = Stalls::default();
+        for (_, step, longest) in &self.0 {
+            stalls.add(step.kind(), *longest);
+        }
+        stalls
     }
 }
 
@@ -140,6 +182,23 @@ mod tests {
     use std::collections::HashSet;
 
     const STEPS: usize = 300;
+
+    #[test]
+    fn a_wait_counts_for_the_step_in_whose_time_most_of_it_passed() {
+        let start = Instant::now();
+        let at = |second| start + Duration::from_secs(second);
+        let mut costs = Costs::default();
+        let wait = |from, to| Wait { since: at(from), time: at(to) - at(from) };
+        costs.begin(at(1), Step::Upgrade);
+        costs.add(wait(0, 3));
+        costs.begin(at(5), Step::FreezeGateway(LONG_FREEZE));
+        costs.begin(at(17), Step::CutLinks);
+        costs.add(wait(4, 18));
+        costs.add(wait(16, 19));
+        costs.add(wait(16, 17));
+        let longest: Vec<_> = costs.0.iter().map(|(_, _, longest)| longest.as_secs()).collect();
+        assert_eq!(longest, [3, 14, 3]);
+    }
 
     proptest! {
         #[test]

@@ -12,8 +12,8 @@ use rand::rngs::StdRng;
 use spline_harness::nbd::{Connection, Kind, Receiver, Sender};
 use spline_harness::wait_until;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -31,16 +31,31 @@ pub(crate) fn offset(number: usize) -> u64 {
     ((number as u64 / 4) << 20) + (number as u64 % 4) * block::BYTES as u64
 }
 
+/// How long a request waited for its answer, over reconnections: what a guest notices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wait {
+    /// When it was asked for.
+    pub since: Instant,
+    /// And for how long.
+    pub time: Duration,
+}
+
 /// What the running workload tells.
 #[derive(Debug, Default)]
 struct Told {
     answered: AtomicU64,
     reconnected: AtomicU64,
-    /// Longest that a request has waited for its answer, microseconds.
-    longest_wait: AtomicU64,
+    /// Of every request that was answered.
+    waits: Mutex<Vec<Wait>>,
     stop: AtomicBool,
     /// Ends of the connection that are not a defect: the test kills nebd.
     nebd_may_die: AtomicBool,
+}
+
+impl Told {
+    fn waits(&self) -> MutexGuard<'_, Vec<Wait>> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A running workload.
@@ -83,14 +98,14 @@ impl Workload {
         self.told.reconnected.load(Ordering::Acquire)
     }
 
-    /// Longest that a request has waited for its answer so far, over reconnections: what a guest notices.
+    /// Longest that a request has waited for its answer so far.
     pub fn longest_wait(&self) -> Duration {
-        Duration::from_micros(self.told.longest_wait.load(Ordering::Acquire))
+        self.told.waits().iter().map(|wait| wait.time).max().unwrap_or_default()
     }
 
-    /// As [`longest_wait`](Self::longest_wait), since this was asked before.
-    pub fn take_longest_wait(&self) -> Duration {
-        Duration::from_micros(self.told.longest_wait.swap(0, Ordering::AcqRel))
+    /// All waits that ended since this was asked before.
+    pub fn take_waits(&self) -> Vec<Wait> {
+        std::mem::take(&mut *self.told.waits())
     }
 
     /// From now on the end of the connection is no defect.
@@ -227,8 +242,7 @@ impl Runner {
         }
         self.slots[slot] = None;
         self.waiting_since = None;
-        let waited = request.since.elapsed().as_micros() as u64;
-        self.told.longest_wait.fetch_max(waited, Ordering::AcqRel);
+        self.told.waits().push(Wait { since: request.since, time: request.since.elapsed() });
         self.told.answered.fetch_add(1, Ordering::AcqRel);
         Ok(true)
     }

@@ -7,7 +7,7 @@
 use anyhow::{Context, ensure};
 use spline_fault::guest::GuestLoad;
 use spline_fault::history::History;
-use spline_fault::schedule::{Planned, Schedule, Step};
+use spline_fault::schedule::{Costs, Planned, Schedule, Step};
 use spline_fault::workload::{BLOCKS, EXPORT_BYTES, RECOVERY_LIMIT, Workload, verify};
 use spline_harness::vhost::{Shown, VhostExport};
 use spline_harness::{Cluster, Export, Rig, Stalls, seed, soak_time, wait_until};
@@ -34,7 +34,7 @@ struct Stage {
     // Its directory holds the logs of the others, which show them when they are dropped.
     rig: Rig,
     away: Option<usize>,
-    stalls: Stalls,
+    costs: Costs,
     /// Links that were cut.
     cut: usize,
     /// Upgrades that were refused, and tried again.
@@ -52,8 +52,8 @@ impl Stage {
         };
         let loads = exports.iter().zip(1..).map(start).collect();
         let guest_load = GuestLoad::start(&guest.socket, History::new(BLOCKS), seed);
-        let (away, stalls) = (None, Stalls::default());
-        Ok(Self { loads, guest_load, exports, guest, rig, away, stalls, cut: 0, refused: 0 })
+        let (away, costs) = (None, Costs::default());
+        Ok(Self { loads, guest_load, exports, guest, rig, away, costs, cut: 0, refused: 0 })
     }
 
     fn cluster(&mut self) -> &mut Cluster {
@@ -73,23 +73,28 @@ impl Stage {
     /// Carries steps out, which go into `done` first, until the time is over.
     fn follow(&mut self, schedule: Schedule, time: Duration, done: &mut Vec<Planned>) -> anyhow::Result<()> {
         let end = Instant::now() + time;
-        let mut before: Option<Step> = None;
         for planned in schedule {
             if Instant::now() >= end && done.len() >= STEPS_MIN {
                 break;
             }
             done.push(planned);
             self.wait_for_progress(planned.answers).context("before the step")?;
-            if let Some(before) = before.replace(planned.step) {
-                let longest = self.loads.iter().map(Workload::take_longest_wait).max();
-                self.stalls.add(before.kind(), longest.unwrap_or_default());
-            }
+            self.add_waits();
+            self.costs.begin(Instant::now(), planned.step);
             self.happen(planned.step).context("the step")?;
         }
         if let Some(number) = self.away.take() {
             self.cluster().chunkservers[number].start()?;
         }
-        self.wait_for_progress(PROGRESS).context("in the end")
+        self.wait_for_progress(PROGRESS).context("in the end")?;
+        self.add_waits();
+        Ok(())
+    }
+
+    fn add_waits(&mut self) {
+        for wait in self.loads.iter().flat_map(Workload::take_waits) {
+            self.costs.add(wait);
+        }
     }
 
     fn happen(&mut self, step: Step) -> anyhow::Result<()> {
@@ -173,7 +178,7 @@ impl Stage {
         }
         let export = self.rig.export(GUEST, false)?;
         verify(&export.socket, GUEST, &mut of_guest).context("after a cold start")?;
-        Ok(self.stalls)
+        Ok(self.costs.stalls())
     }
 }
 
