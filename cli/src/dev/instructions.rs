@@ -20,6 +20,8 @@ pub struct Facts {
     pub mds: SocketAddr,
     /// Link socket of the gateway.
     pub gateway: PathBuf,
+    /// Where its administration listens.
+    pub gateway_admin: SocketAddr,
     /// Directory of nebd's status files.
     pub runtime_dir: PathBuf,
     /// Metrics pages: metadata server, chunkservers, gateway.
@@ -38,6 +40,7 @@ pub fn facts(dir: &DevDir, spec: &NebdSpec, took: Duration) -> Facts {
         volume: spec.volume.clone(),
         mds: state.mds,
         gateway: spec.gateway.clone(),
+        gateway_admin: state.gateway,
         runtime_dir: dir.runtime_dir(),
         metrics: state.metrics.iter().map(|address| format!("http://{address}/metrics")).collect(),
         dir: dir.root().to_owned(),
@@ -47,7 +50,7 @@ pub fn facts(dir: &DevDir, spec: &NebdSpec, took: Duration) -> Facts {
 
 /// The facts as lines to paste into another terminal.
 pub fn human(facts: &Facts) -> String {
-    let Facts { uri, mds, gateway, runtime_dir, dir, volume, .. } = facts;
+    let Facts { uri, mds, gateway, gateway_admin, runtime_dir, dir, volume, .. } = facts;
     let (gateway, runtime_dir, dir) = (gateway.display(), runtime_dir.display(), dir.display());
     let seconds = facts.ready_ms as f64 / 1000.0;
     let metrics = facts.metrics.join(" ");
@@ -63,8 +66,8 @@ Paste into another terminal:
   fio --name=try --ioengine=nbd --uri='{uri}' --rw=randrw --bs=4k --iodepth=32 --size=1G --time_based --runtime=10
   qemu-system-x86_64 -m 1G -drive 'file={uri},format=raw,if=virtio,cache=none,discard=unmap'
 
-  export SPLINE_MDS={mds} SPLINE_GATEWAY={gateway} SPLINE_RUNTIME_DIR={runtime_dir}
-  spline volume ls; spline cluster status; spline nbd ls
+  export SPLINE_MDS={mds} SPLINE_GATEWAY={gateway} SPLINE_GATEWAY_ADMIN={gateway_admin} SPLINE_RUNTIME_DIR={runtime_dir}
+  spline volume ls; spline cluster status; spline gateway status; spline nbd ls
   spline volume create disk1 20G && spline nbd export disk1
 
 Metrics: {metrics}
